@@ -1,0 +1,147 @@
+"""GradientTap: between backward and the optimizer, take the dense gradient of an update and leave the sparse one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from granet.topology import Layer, layer_offsets
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient holds NaN or inf in the step of an update; nothing was changed."""
+
+
+class GradientTap:
+    """Looks at `weight.grad` in the hooks around `optimizer.step()`.
+
+    Args:
+        optimizers: those that are hooked.
+        layers: the sparse weights, each with the optimizer that holds it.
+        dense_wgrad: 0-dim bool CPU tensor that the layers read in backward: true asks for the dense gradient.
+
+    Attributes:
+        growth: (units,) float32, mean |dense gradient| of each unit in the last step that asked for it; None before.
+        has_gradient: whether each layer had a gradient in that step.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], layers: Sequence[tuple[Layer, Optimizer]], dense_wgrad: Tensor
+    ) -> None:
+        self._layers = [layer for layer, _ in layers]
+        self._owners = [owner for _, owner in layers]
+        self._optimizers = list(optimizers)
+        self._dense_wgrad = dense_wgrad
+        self._bounds = layer_offsets(self._layers).tolist()
+        self._unmasked: set[int] = set()  # optimizers whose gradients may be dense
+        self._withheld: list[tuple[nn.Parameter, Tensor]] = []
+        self._skipped = False
+        self.growth: Tensor | None = None
+        self.has_gradient = [False] * len(self._layers)
+
+    def ask(self, dense: bool) -> None:
+        """Say whether the coming backward passes are to deliver the dense gradient."""
+        self._dense_wgrad.fill_(dense)
+        if dense:
+            self._unmasked.update(map(id, self._optimizers))
+
+    @property
+    def asked(self) -> bool:
+        return bool(self._dense_wgrad)
+
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], *, update: bool, withhold: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The optimizer's pre-step hook.
+
+        Args:
+            args, kwargs: of `optimizer.step`, `self` first. A closure is wrapped: the gradients exist only after it.
+            update: whether this step ends with an update.
+            withhold: whether to hide all gradients from the optimizer, so that it changes nothing in this step.
+        Raises:
+            NonFiniteGradientError: an update meets NaN or inf; the optimizer has not stepped.
+        """
+        found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler that lets a fused optimizer skip by itself
+        self._skipped = found_inf is not None and bool(found_inf)
+        if self._skipped:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._take(optimizer, update, withhold)
+            return None
+        wrapped = self._wrap(closure, optimizer, update, withhold)
+        return ((args[0], wrapped, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"})
+
+    def after_step(self) -> bool:
+        """The optimizer's post-step hook: give back withheld gradients. Returns whether the step was skipped."""
+        for parameter, gradient in self._withheld:
+            parameter.grad = gradient
+        self._withheld.clear()
+        return self._skipped
+
+    def _wrap(
+        self, closure: Callable[[], Any], optimizer: Optimizer, update: bool, withhold: bool
+    ) -> Callable[[], Any]:
+        first = True
+
+        def wrapped() -> Any:
+            nonlocal first
+            self.after_step()  # a closure that does not zero the gradients accumulates into them
+            loss = closure()
+            self._take(optimizer, update and first, withhold)
+            # Of a line search only the first evaluation, at the weights of this step, is asked for the dense gradient.
+            self._dense_wgrad.fill_(False)
+            first = False
+            return loss
+
+        return wrapped
+
+    def _take(self, optimizer: Optimizer, update: bool, withhold: bool) -> None:
+        held = [
+            (i, la) for i, (la, owner) in enumerate(zip(self._layers, self._owners, strict=True)) if owner is optimizer
+        ]
+        if update:
+            self._check_finite([layer for _, layer in held])
+            if self.asked:
+                self._capture(optimizer, held)
+        if id(optimizer) in self._unmasked:
+            for _, layer in held:
+                if layer.weight.grad is not None:
+                    layer.weight.grad.masked_fill_(~layer.mask, 0)
+            if not (self.asked and update):
+                self._unmasked.discard(id(optimizer))
+        if withhold:
+            self._withhold(optimizer)
+
+    def _check_finite(self, layers: list[Layer]) -> None:
+        for layer in layers:
+            gradient = layer.weight.grad
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                raise NonFiniteGradientError(
+                    f"layer '{layer.name}': expected a finite gradient in the step of an update, got NaN or inf; "
+                    "nothing was changed"
+                )
+
+    def _capture(self, optimizer: Optimizer, held: list[tuple[int, Layer]]) -> None:
+        if self.growth is None:
+            self.growth = torch.zeros(self._bounds[-1], device=self._layers[0].weight.device)
+        scale = getattr(optimizer, "grad_scale", None)
+        for i, layer in held:
+            part = self.growth[self._bounds[i] : self._bounds[i + 1]]
+            gradient = layer.weight.grad
+            self.has_gradient[i] = gradient is not None
+            if gradient is not None:
+                part.copy_(layer.granularity.reduce(gradient.abs()))
+                if scale is not None:
+                    part.div_(scale.to(part.device))
+
+    def _withhold(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._withheld.append((parameter, parameter.grad))
+                    parameter.grad = None

@@ -1,0 +1,255 @@
+"""The contract of a method, and the two ways in which most of them change the masks: gradual pruning and exchange.
+
+A method is a frozen description: numbers, times and how to score. It holds no tensors; the Sparsifier calls it at
+every update with the Topology to change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from granet.distribution import DISTRIBUTIONS, kept_units, layer_counts
+from granet.schedule import cubic_sparsity, resolve_time
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from granet.topology import Layer, Topology
+
+Time = int | float | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods: which masks to start with, when to change them, and how.
+
+    Args:
+        sparsity: final sparsity, the fraction of units dropped, in [0, 1).
+        distribution: how the start divides the kept units among layers: "uniform", "er" or "erk".
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: needed where a time is given in epochs.
+
+    Times are steps (1000), fractions of the run (0.5) or texts ("80 epochs", "1000 steps", "50%").
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    sparsity: float = 0.9
+    distribution: str = "erk"
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        self.check_fraction("sparsity")
+        if self.distribution not in DISTRIBUTIONS:
+            self.reject("distribution", f"one of {', '.join(DISTRIBUTIONS)}")
+        for field in ("total_steps", "steps_per_epoch"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                self.reject(field, "a positive number of steps")
+
+    @property
+    def zeroing(self) -> bool:
+        """Whether the weights off the mask are zero. If not, they keep a stored value that may come back."""
+        return True
+
+    @property
+    def skips_step(self) -> bool:
+        """Whether the optimizer leaves all weights alone in the step of an update."""
+        return False
+
+    @property
+    def grows_by(self) -> str | None:
+        """What new units are chosen by: "gradient", "random", or None where no unit is ever grown."""
+        return None
+
+    @property
+    def records_exploration(self) -> bool:
+        """Whether the Sparsifier is to remember which units were ever kept."""
+        return False
+
+    def check_times(self) -> None:
+        """Resolve every time of the run; raises ValueError where one does not fit."""
+        self.resolve("total_steps")
+
+    def sparsity_at(self, step: int) -> float:
+        """Sparsity that the method aims at after `step` optimizer steps."""
+        return self.sparsity
+
+    def start_counts(self, layers: Sequence[Layer]) -> list[int]:
+        """Kept units of each layer at the start; they are drawn at random."""
+        shapes, units = [layer.shape for layer in layers], [layer.units for layer in layers]
+        return layer_counts(self.distribution, shapes, units, self.sparsity_at(0))
+
+    def prunes(self, step: int) -> bool:
+        """Whether `step` ends with fewer units kept."""
+        return False
+
+    def exchanges(self, step: int) -> bool:
+        """Whether `step` ends with units exchanged."""
+        return False
+
+    def is_update(self, step: int) -> bool:
+        """Whether the masks change after optimizer step `step` (the first is 1)."""
+        return self.prunes(step) or self.exchanges(step)
+
+    def needs_gradient(self, step: int) -> bool:
+        """Whether the dense gradient of optimizer step `step` is needed."""
+        return self.grows_by == "gradient" and self.exchanges(step)
+
+    def update(self, topology: Topology, step: int) -> None:
+        """Change the masks after optimizer step `step`."""
+        if self.prunes(step):
+            self.prune(topology, step)
+        if self.exchanges(step):
+            self.exchange(topology, step)
+
+    def prune(self, topology: Topology, step: int) -> None:
+        """Lower the number of kept units to what `step` asks for."""
+        raise NotImplementedError
+
+    def exchange(self, topology: Topology, step: int) -> None:
+        """Drop and grow units at a constant number kept."""
+        raise NotImplementedError
+
+    def reject(self, field: str, expected: str) -> None:
+        raise ValueError(f"{self.name}.{field}: expected {expected}, got {getattr(self, field)!r}")
+
+    def check_fraction(self, field: str, *, closed: bool = False) -> None:
+        value = getattr(self, field)
+        inside = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+        if not inside or (value == 1 and not closed):
+            self.reject(field, "a number in [0, 1]" if closed else "a number in [0, 1)")
+
+    def check_choice(self, field: str, choices: Sequence[str]) -> None:
+        if getattr(self, field) not in choices:
+            self.reject(field, " or ".join(map(repr, choices)))
+
+    def resolve(self, field: str, least: int = 0) -> int:
+        """The time in `field` as a number of steps, `least` or more."""
+        if self.total_steps is None:
+            raise ValueError(f"{self.name}.total_steps: expected the optimizer steps of the whole run, got None")
+        steps = resolve_time(getattr(self, field), self.total_steps, self.steps_per_epoch, f"{self.name}.{field}")
+        if steps < least:
+            self.reject(field, f"{least} steps or more")
+        return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Method):
+    """Gradual pruning: the sparsity rises along a cubic from `initial_sparsity` to `sparsity`.
+
+    Args:
+        initial_sparsity: sparsity at the start; 0 is dense-to-sparse.
+        update_every: steps between updates.
+        prune_from: time at which the sparsity begins to rise.
+        prune_until: time at which it is reached exactly, whether or not an update falls there.
+        scope: "global" compares the units of all layers; "layer" gives each what `distribution` says.
+    """
+
+    initial_sparsity: float = 0.0
+    update_every: Time = 1000
+    prune_from: Time = 0
+    prune_until: Time = 0.5
+    scope: Literal["global", "layer"] = "global"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_fraction("initial_sparsity")
+        if self.initial_sparsity > self.sparsity:
+            self.reject("initial_sparsity", f"at most the final sparsity {self.sparsity}")
+        self.check_choice("scope", ("global", "layer"))
+
+    def check_times(self) -> None:
+        super().check_times()
+        self.resolve("update_every", least=1)
+        if self._begin >= self._end and self.initial_sparsity != self.sparsity:
+            self.reject("prune_until", f"a time after prune_from ({self.prune_from!r})")
+
+    @cached_property
+    def _every(self) -> int:
+        return self.resolve("update_every", least=1)
+
+    @cached_property
+    def _begin(self) -> int:
+        return self.resolve("prune_from")
+
+    @cached_property
+    def _end(self) -> int:
+        return self.resolve("prune_until")
+
+    def sparsity_at(self, step: int) -> float:
+        return cubic_sparsity(step, self._begin, self._end, self.initial_sparsity, self.sparsity)
+
+    def prunes(self, step: int) -> bool:
+        if self.initial_sparsity == self.sparsity or not self._begin < step <= self._end:
+            return False
+        return step % self._every == 0 or step == self._end
+
+    def prune(self, topology: Topology, step: int) -> None:
+        topology.prune(topology.magnitude(), self.counts_at(topology, step))
+
+    def counts_at(self, topology: Topology, step: int) -> int | list[int]:
+        """Kept units after the pruning of `step`: one number for all layers together, or one for each."""
+        sparsity, units = self.sparsity_at(step), [layer.units for layer in topology.layers]
+        if self.scope == "global":
+            return kept_units(sum(units), sparsity)
+        targets = layer_counts(self.distribution, [layer.shape for layer in topology.layers], units, sparsity)
+        # Rounding may hand a unit to another layer from one sparsity to the next; pruning only takes away.
+        return [min(target, kept) for target, kept in zip(targets, topology.counts(), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Method):
+    """Exchange: every `update_every` steps each layer drops its smallest |w| and grows as many new units."""
+
+    update_every: Time = 1000
+
+    def check_times(self) -> None:
+        super().check_times()
+        self.resolve("update_every", least=1)
+
+    @cached_property
+    def _every(self) -> int:
+        return self.resolve("update_every", least=1)
+
+    @cached_property
+    def _last(self) -> int:
+        # Units grown by the very last step of a run would never be trained.
+        return self.resolve("total_steps") - 1
+
+    def exchanges(self, step: int) -> bool:
+        return 0 < step <= self._last and step % self._every == 0
+
+    def ratio_at(self, step: int) -> float:
+        """Fraction of a layer's kept units to exchange after optimizer step `step`."""
+        raise NotImplementedError
+
+    def exchange(self, topology: Topology, step: int) -> None:
+        ratio = self.ratio_at(step)
+        counts = [self.drop_count(ratio, kept) for kept in topology.counts()]
+        if self.grows_by == "gradient":
+            growth, counts = topology.gradient(), topology.where_gradient(counts)
+        else:
+            growth = topology.random()
+        topology.exchange(self.drop_scores(topology, counts), growth, counts, keep_regrown=self.keeps_regrown)
+
+    def drop_scores(self, topology: Topology, counts: list[int]) -> Tensor:
+        """(units,) float32; the `counts` lowest of each layer's kept units are dropped."""
+        return topology.magnitude()
+
+    def drop_count(self, ratio: float, kept: int) -> int:
+        """Units to exchange out of `kept`: rounded down, unless the method's authors do otherwise."""
+        return math.floor(ratio * kept + 1e-9)
+
+    @property
+    def keeps_regrown(self) -> bool:
+        """Whether a unit dropped and regrown in the same update keeps its value and optimizer state."""
+        return True

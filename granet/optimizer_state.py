@@ -1,0 +1,102 @@
+"""What an optimizer does to a weight that is 0 and gets no gradient, and what state it gives to a fresh one.
+
+Both are found by asking: a twin of the optimizer makes a few steps on a tiny parameter, some of whose elements are 0
+and have gradient 0. So any optimizer works, also one this library has never heard of.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+PROBE_SIZE = 4
+
+
+def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """The param group that holds `parameter`, or None."""
+    for group in optimizer.param_groups:
+        if any(parameter is other for other in group["params"]):
+            return group
+    return None
+
+
+class Probe:
+    """The outcome of a few steps of an optimizer's twin on a parameter with untouched zeros.
+
+    Attributes:
+        keeps_zero: whether the zeros stayed exactly 0. False also where no twin could be built: then nothing is known.
+        fresh: state tensors of the parameter's shape by name, with their value at an untouched zero.
+    """
+
+    def __init__(self, keeps_zero: bool, fresh: dict[str, float]) -> None:
+        self.keeps_zero = keeps_zero
+        self.fresh = fresh
+
+
+def probe(optimizer: Optimizer, parameter: nn.Parameter, lr: float | None = None) -> Probe:
+    """Step a twin of `optimizer`, with the settings of the group of `parameter`, on a tiny parameter like it.
+
+    Args:
+        lr: learning rate of the twin; None is the group's present one.
+    """
+    group = group_of(optimizer, parameter)
+    assert group is not None
+    values = torch.arange(1.0, PROBE_SIZE**2 + 1).reshape(PROBE_SIZE, PROBE_SIZE).sin()
+    untouched = torch.eye(PROBE_SIZE, dtype=torch.bool)
+    shape = (PROBE_SIZE, PROBE_SIZE) + (1,) * (parameter.dim() - 2)
+    small = nn.Parameter(values.masked_fill(untouched, 0).reshape(shape).to(parameter))
+    try:
+        twin = _twin(optimizer, group, small, lr)
+        for scale in (1.0, -0.5, 0.25):
+            small.grad = (values.cos() * scale).masked_fill(untouched, 0).reshape(shape).to(parameter)
+            twin.step(lambda: small.new_zeros(()))  # type: ignore[arg-type,return-value]
+    except Exception:  # an optimizer with a constructor or needs of its own: assume nothing about it
+        return Probe(keeps_zero=False, fresh={})
+    where = untouched.reshape(shape).to(parameter.device)
+    fresh = {
+        key: float(value[where][0])
+        for key, value in twin.state[small].items()
+        if isinstance(value, Tensor) and value.shape == small.shape
+    }
+    return Probe(keeps_zero=not bool(small.detach()[where].any()), fresh=fresh)
+
+
+def _twin(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, lr: float | None) -> Optimizer:
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    settings = {key: value for key, value in group.items() if key in accepted and key != "params"}
+    settings = {key: value.clone() if isinstance(value, Tensor) else value for key, value in settings.items()}
+    if lr is not None:
+        settings["lr"] = torch.full_like(settings["lr"], lr) if isinstance(settings["lr"], Tensor) else lr
+    return type(optimizer)([parameter], **settings)
+
+
+class StateReset:
+    """Gives single elements of a parameter the optimizer state of a fresh weight. Made anew for each update, since what
+    is fresh may follow the learning rate (Rprop)."""
+
+    def __init__(self) -> None:
+        self._fresh: dict[tuple[object, ...], dict[str, float]] = {}
+
+    def __call__(self, optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
+        """Reset the elements `where`, a bool tensor of the parameter's shape."""
+        if isinstance(optimizer, LBFGS):
+            # Its history is one flat vector over all parameters, measured in a space that has just changed.
+            optimizer.state.clear()
+            return
+        state = optimizer.state.get(parameter)
+        if not state:
+            return
+        fresh = self._fresh_values(optimizer, parameter)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and (key in fresh or not fresh):
+                value.masked_fill_(where, fresh.get(key, 0.0))
+
+    def _fresh_values(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+        key = (id(optimizer), id(group_of(optimizer, parameter)), parameter.dim(), parameter.dtype, parameter.device)
+        if key not in self._fresh:
+            self._fresh[key] = probe(optimizer, parameter).fresh
+        return self._fresh[key]
