@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test pytest lint type format bench test-oldest test-newest clean
+.PHONY: demo test pytest lint type format bench bench-gpu test-oldest test-newest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/granet train
@@ -34,6 +34,9 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+bench-gpu:
+	PYTHON=$(PYTHON) bench/gpu.sh
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "granet needs Python >= 3.10, this is " + sys.version)'

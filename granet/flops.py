@@ -27,8 +27,8 @@ def layer_macs(model: nn.Module, inputs: Sequence[int] | Tensor | tuple[Tensor, 
     The model runs once in evaluation mode without gradients; its modes and the random state are as before afterwards.
     Positions that a convolution's padding adds count as the others. A layer that is called several times has the sum,
     one that is never called has 0. nn.MultiheadAttention computes its projections without calling a layer: they are
-    counted as ``NAME.in_proj`` (query, key and value) and ``NAME.out_proj``. The products of attention itself have no
-    weight and are not counted.
+    counted as ``NAME.in_proj`` (query, key and value; ``NAME.q_proj``, ``.k_proj`` and ``.v_proj`` where they have a
+    weight each) and ``NAME.out_proj``. The products of attention itself have no weight and are not counted.
 
     Args:
         model: any module whose forward takes the inputs as positional arguments.
@@ -40,9 +40,10 @@ def layer_macs(model: nn.Module, inputs: Sequence[int] | Tensor | tuple[Tensor, 
         ValueError: inputs are of another form, or the model has lazy layers that have not seen an input yet.
     """
     macs = {
-        f"{name}.in_proj" if isinstance(module, nn.MultiheadAttention) else name: 0
+        counted: 0
         for name, module in model.named_modules()
         if isinstance(module, _COUNTED)
+        for counted in _counted_names(name, module)
     }
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
@@ -177,9 +178,8 @@ def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(module, nn.MultiheadAttention):
-                in_proj, out_proj = _attention_macs(module, args, kwargs)
-                macs[f"{name}.in_proj"] += in_proj
-                macs[f"{name}.out_proj"] += out_proj
+                for counted, count in _attention_macs(name, module, args, kwargs).items():
+                    macs[counted] += count
             else:
                 macs[name] += _call_macs(module, args[0] if args else kwargs["input"], output)
 
@@ -205,11 +205,23 @@ def _call_macs(module: nn.Module, values: Tensor, output: Tensor) -> int:
     return output.numel() * window * (module.in_channels // module.groups)
 
 
-def _attention_macs(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """MACs of the input and output projections of one call; the last dimension is features in every layout."""
+def _counted_names(name: str, module: nn.Module) -> list[str]:
+    """Under which names the MACs of a layer are counted; out_proj of an attention is a layer of its own."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return [name]
+    parts = ["in_proj"] if module.in_proj_weight is not None else ["q_proj", "k_proj", "v_proj"]
+    return [f"{name}.{part}".removeprefix(".") for part in parts]
+
+
+def _attention_macs(
+    name: str, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, int]:
+    """MACs of the projections of one call; the last dimension is features in every layout."""
     given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-    in_proj = sum(given[name].numel() for name in ("query", "key", "value")) * module.embed_dim
-    return in_proj, given["query"].numel() * module.embed_dim
+    inputs = [given[part].numel() * module.embed_dim for part in ("query", "key", "value")]
+    names = _counted_names(name, module)
+    counts = dict(zip(names, inputs if len(names) == 3 else [sum(inputs)], strict=True))
+    return {**counts, f"{name}.out_proj".removeprefix("."): given["query"].numel() * module.embed_dim}
 
 
 @contextmanager

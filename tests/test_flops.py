@@ -81,7 +81,12 @@ def test_projections_of_attention(batch_first: bool) -> None:
 
     tensors = torch.ones(1, 4, 8), torch.ones(1, 6, 3), torch.ones(1, 6, 5)
     macs = layer_macs(Cross(), tensors if batch_first else tuple(t.transpose(0, 1) for t in tensors))
-    assert macs == {"attention.in_proj": 8 * (4 * 8 + 6 * 3 + 6 * 5), "attention.out_proj": 4 * 8 * 8}
+    assert macs == {
+        "attention.q_proj": 8 * 4 * 8,
+        "attention.k_proj": 8 * 6 * 3,
+        "attention.v_proj": 8 * 6 * 5,
+        "attention.out_proj": 4 * 8 * 8,
+    }
 
 
 def test_transformer_layer_off_its_fast_path() -> None:
