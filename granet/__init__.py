@@ -1,6 +1,6 @@
 """granet: train networks that are sparse while they train."""
 
-from granet import methods
+from granet import flops, methods
 from granet.convert import sparsify
 from granet.gradients import NonFiniteGradientError
 from granet.granularity import NM, Block, Filter, Granularity, Unstructured
@@ -19,6 +19,7 @@ __all__ = [
     "SparseLinear",
     "Sparsifier",
     "Unstructured",
+    "flops",
     "methods",
     "sparsify",
 ]

@@ -34,6 +34,8 @@ def sparsify(
         exclude: layers that stay dense: names ("classifier" takes in "classifier.0"), globs ("*.downsample.0") or
             module types.
 
+    A layer that is sparse already gets the new granularity, or is left as it is where it is excluded.
+
     Returns:
         `model`.
 
@@ -59,13 +61,20 @@ def sparsify(
 
 
 def sparse_weights(model: nn.Module) -> dict[str, SparseLayer | masked.MaskedParameter]:
-    """The weights of `model` that are declared sparse, by name, in the order of named_modules()."""
+    """The weights of `model` that are declared sparse, by name, in the order of named_modules().
+
+    The names are those of the model itself, whether or not it is compiled or wrapped for data parallelism.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     found: dict[str, SparseLayer | masked.MaskedParameter] = {}
     for name, module in model.named_modules():
+        name = f"{name}.".replace("_orig_mod.", "").removesuffix(".")
         if isinstance(module, SparseLayer):
             found[name] = module
         for path, parameter in masked.attached(module).items():
-            found[f"{name}.{path}".removeprefix(".").removesuffix("_weight").removesuffix(".weight")] = parameter
+            found[f".{name}.{path}".removesuffix("_weight").removesuffix(".weight").lstrip(".")] = parameter
     return found
 
 

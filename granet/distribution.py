@@ -25,7 +25,13 @@ def kept_units(units: int, sparsity: float) -> int:
     return round((1 - Fraction(str(sparsity))) * units)
 
 
-def layer_counts(name: str, shapes: Sequence[Sequence[int]], units: Sequence[int], sparsity: float) -> list[int]:
+def layer_counts(
+    name: str,
+    shapes: Sequence[Sequence[int]],
+    units: Sequence[int],
+    sparsity: float,
+    capacities: Sequence[int] | None = None,
+) -> list[int]:
     """The number of units that each layer keeps; their sum is exactly ``round((1 - sparsity) * sum(units))``.
 
     Args:
@@ -35,6 +41,8 @@ def layer_counts(name: str, shapes: Sequence[Sequence[int]], units: Sequence[int
         shapes: the weight shapes, (out, in / groups, ...).
         units: the number of units of each; ER and ERK densities follow from the shapes and apply to the units.
         sparsity: in [0, 1), over all units together.
+        capacities: the most units that each layer should keep (N:M: n of every m). Held wherever the sparsity allows it
+            for all layers together.
     Returns:
         One count a layer, 0 <= count <= units. What is left after rounding down goes to the largest remainders, ties to
         the earlier layer.
@@ -48,7 +56,8 @@ def layer_counts(name: str, shapes: Sequence[Sequence[int]], units: Sequence[int
     total = kept_units(sum(units), sparsity)
     if total == 0:
         raise ValueError(f"expected a sparsity that keeps one unit or more, got {sparsity} of {sum(units)} units")
-    return _round_to_sum(_solve_quotas(weights, units, total), total)
+    limits = units if capacities is None or total > sum(capacities) else capacities
+    return _round_to_sum(_solve_quotas(weights, units, limits, total), total)
 
 
 def erdos_renyi_counts(shapes: Sequence[Sequence[int]], units: Sequence[int], epsilon: float) -> list[int]:
@@ -99,21 +108,23 @@ def _density_weights(name: str, shapes: Sequence[Sequence[int]]) -> list[Fractio
     return [Fraction(sum(shape), math.prod(shape)) for shape in used]
 
 
-def _solve_quotas(weights: Sequence[Fraction], units: Sequence[int], total: int) -> list[Fraction]:
-    """Fractional counts ``min(1, epsilon * weight) * units`` that sum to ``total``.
+def _solve_quotas(
+    weights: Sequence[Fraction], units: Sequence[int], limits: Sequence[int], total: int
+) -> list[Fraction]:
+    """Fractional counts ``min(limit, epsilon * weight * units)`` that sum to ``total``.
 
-    Making a layer dense only raises epsilon for the rest, so a layer that once exceeds density 1 stays dense.
+    Cutting a layer to its limit only raises epsilon for the rest, so a layer that once exceeds its limit stays there.
     """
     free = set(range(len(units)))
     epsilon = Fraction(0)
     while free:
-        left = total - sum(n for i, n in enumerate(units) if i not in free)
+        left = total - sum(limit for i, limit in enumerate(limits) if i not in free)
         epsilon = left / sum((weights[i] * units[i] for i in free), Fraction(0))
-        exceeding = {i for i in free if epsilon * weights[i] > 1}
+        exceeding = {i for i in free if epsilon * weights[i] * units[i] > limits[i]}
         if not exceeding:
             break
         free -= exceeding
-    return [epsilon * weights[i] * n if i in free else Fraction(n) for i, n in enumerate(units)]
+    return [epsilon * weights[i] * n if i in free else Fraction(limits[i]) for i, n in enumerate(units)]
 
 
 def _round_to_sum(quotas: Sequence[Fraction], total: int) -> list[int]:

@@ -73,6 +73,16 @@ def test_flops_ratio(macs: Mapping[str, int], densities: Mapping[str, float]) ->
     return math.fsum(densities.get(name, 1.0) * count for name, count in macs.items()) / total
 
 
+def layer_flops(macs: Mapping[str, int], densities: Mapping[str, float]) -> dict[str, float]:
+    """FLOPs of a forward pass of the sparse model by layer: ``2 * d_l * MAC_l``.
+
+    Args:
+        macs, densities: as for :func:`test_flops_ratio`; errors too.
+    """
+    test_flops_ratio(macs, densities)  # refuses what does not belong together
+    return {name: 2 * densities.get(name, 1.0) * count for name, count in macs.items()}
+
+
 class TrainingFlops:
     """Mean training FLOPs per step of a sparse run over those of the dense run, added up step by step.
 

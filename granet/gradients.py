@@ -20,38 +20,39 @@ class GradientTap:
     """Looks at `weight.grad` in the hooks around `optimizer.step()`.
 
     Args:
-        optimizers: those that are hooked.
         layers: the sparse weights, each with the optimizer that holds it.
-        dense_wgrad: 0-dim bool CPU tensor that the layers read in backward: true asks for the dense gradient.
+        dense_wgrad: 0-dim bool CPU tensor that the layers read in backward: true makes them deliver the dense gradient.
 
     Attributes:
-        growth: (units,) float32, mean |dense gradient| of each unit in the last step that asked for it; None before.
+        growth: (units,) float32, mean |dense gradient| of each unit in the step that last asked for it.
         has_gradient: whether each layer had a gradient in that step.
+        masks_every_step: whether gradients are masked in every step, because not only the layers produce them.
     """
 
-    def __init__(
-        self, optimizers: Sequence[Optimizer], layers: Sequence[tuple[Layer, Optimizer]], dense_wgrad: Tensor
-    ) -> None:
-        self._layers = [layer for layer, _ in layers]
-        self._owners = [owner for _, owner in layers]
-        self._optimizers = list(optimizers)
+    def __init__(self, layers: Sequence[tuple[Layer, Optimizer]], dense_wgrad: Tensor) -> None:
+        self._layers = layers
         self._dense_wgrad = dense_wgrad
-        self._bounds = layer_offsets(self._layers).tolist()
-        self._unmasked: set[int] = set()  # optimizers whose gradients may be dense
+        self._bounds = layer_offsets([layer for layer, _ in layers]).tolist()
+        self._maybe_dense: set[int] = set()  # ids of optimizers whose gradients may be dense
+        self._to_capture: set[int] = set()  # ids of optimizers whose dense gradient this step still wants
         self._withheld: list[tuple[nn.Parameter, Tensor]] = []
         self._skipped = False
         self.growth: Tensor | None = None
-        self.has_gradient = [False] * len(self._layers)
-
-    def ask(self, dense: bool) -> None:
-        """Say whether the coming backward passes are to deliver the dense gradient."""
-        self._dense_wgrad.fill_(dense)
-        if dense:
-            self._unmasked.update(map(id, self._optimizers))
+        self.has_gradient = [False] * len(layers)
+        self.masks_every_step = False
 
     @property
-    def asked(self) -> bool:
+    def asks(self) -> bool:
+        """Whether backward delivers the dense gradient now."""
         return bool(self._dense_wgrad)
+
+    def ask(self, dense: bool) -> None:
+        """Say, after a step, whether the backward passes of the next one are to deliver the dense gradient."""
+        self._dense_wgrad.fill_(dense)
+        self._to_capture = {id(optimizer) for _, optimizer in self._layers} if dense else set()
+        self._maybe_dense |= self._to_capture
+        if dense:
+            self.has_gradient = [False] * len(self._layers)
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], *, update: bool, withhold: bool
@@ -59,9 +60,11 @@ class GradientTap:
         """The optimizer's pre-step hook.
 
         Args:
-            args, kwargs: of `optimizer.step`, `self` first. A closure is wrapped: the gradients exist only after it.
+            optimizer: the one that steps.
+            args, kwargs: of its `step`, `self` first. A closure is wrapped: the gradients exist only after it.
             update: whether this step ends with an update.
             withhold: whether to hide all gradients from the optimizer, so that it changes nothing in this step.
+
         Raises:
             NonFiniteGradientError: an update meets NaN or inf; the optimizer has not stepped.
         """
@@ -74,7 +77,9 @@ class GradientTap:
             self._take(optimizer, update, withhold)
             return None
         wrapped = self._wrap(closure, optimizer, update, withhold)
-        return ((args[0], wrapped, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"})
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
 
     def after_step(self) -> bool:
         """The optimizer's post-step hook: give back withheld gradients. Returns whether the step was skipped."""
@@ -86,49 +91,45 @@ class GradientTap:
     def _wrap(
         self, closure: Callable[[], Any], optimizer: Optimizer, update: bool, withhold: bool
     ) -> Callable[[], Any]:
-        first = True
-
         def wrapped() -> Any:
-            nonlocal first
             self.after_step()  # a closure that does not zero the gradients accumulates into them
             loss = closure()
-            self._take(optimizer, update and first, withhold)
-            # Of a line search only the first evaluation, at the weights of this step, is asked for the dense gradient.
-            self._dense_wgrad.fill_(False)
-            first = False
+            self._take(optimizer, update, withhold)
+            # Of a line search only the first evaluation, at the weights of this step, needs the dense gradient.
+            if not self._to_capture:
+                self._dense_wgrad.fill_(False)
             return loss
 
         return wrapped
 
     def _take(self, optimizer: Optimizer, update: bool, withhold: bool) -> None:
-        held = [
-            (i, la) for i, (la, owner) in enumerate(zip(self._layers, self._owners, strict=True)) if owner is optimizer
-        ]
+        held = [(i, layer) for i, (layer, owner) in enumerate(self._layers) if owner is optimizer]
         if update:
-            self._check_finite([layer for _, layer in held])
-            if self.asked:
-                self._capture(optimizer, held)
-        if id(optimizer) in self._unmasked:
+            self._check_finite(optimizer, [layer for _, layer in held])
+        if id(optimizer) in self._to_capture:
+            self._capture(optimizer, held)
+            self._to_capture.discard(id(optimizer))
+        if id(optimizer) in self._maybe_dense or self.masks_every_step:
             for _, layer in held:
                 if layer.weight.grad is not None:
                     layer.weight.grad.masked_fill_(~layer.mask, 0)
-            if not (self.asked and update):
-                self._unmasked.discard(id(optimizer))
+            if not self.asks:
+                self._maybe_dense.discard(id(optimizer))
         if withhold:
             self._withhold(optimizer)
 
-    def _check_finite(self, layers: list[Layer]) -> None:
+    def _check_finite(self, optimizer: Optimizer, layers: list[Layer]) -> None:
         for layer in layers:
             gradient = layer.weight.grad
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
                 raise NonFiniteGradientError(
                     f"layer '{layer.name}': expected a finite gradient in the step of an update, got NaN or inf; "
-                    "nothing was changed"
+                    f"no mask was changed and {type(optimizer).__name__} has not stepped"
                 )
 
     def _capture(self, optimizer: Optimizer, held: list[tuple[int, Layer]]) -> None:
         if self.growth is None:
-            self.growth = torch.zeros(self._bounds[-1], device=self._layers[0].weight.device)
+            self.growth = torch.zeros(self._bounds[-1], device=self._layers[0][0].weight.device)
         scale = getattr(optimizer, "grad_scale", None)
         for i, layer in held:
             part = self.growth[self._bounds[i] : self._bounds[i + 1]]

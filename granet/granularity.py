@@ -70,6 +70,10 @@ class Granularity(ABC):
         """Number of weights in one unit of a weight of this shape; errors as for :meth:`units`."""
         return math.prod(shape) // self.units(shape)
 
+    def capacity(self, shape: Sequence[int]) -> int:
+        """The most units that a layer may keep without breaking the pattern: all of them, but for N:M."""
+        return self.units(shape)
+
     def keep_keys(self, scores: Tensor, eligible: Tensor | None = None) -> Tensor:
         """Keys by which the units of *one* layer are selected: keeping the highest keys respects the granularity.
 
@@ -196,6 +200,9 @@ class NM(_SingleWeights):
                 f"got rows of {cols} (shape {tuple(shape)})"
             )
         return rows * cols
+
+    def capacity(self, shape: Sequence[int]) -> int:
+        return self.units(shape) // self.m * self.n
 
     def keep_keys(self, scores: Tensor, eligible: Tensor | None = None) -> Tensor:
         groups = self._groups(scores)

@@ -47,7 +47,7 @@ class SparseLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         if self.mask is not None:
-            self.mask = fn(self.mask)
+            self.mask = fn(self.mask).bool()  # .type(torch.float64) converts masks, too
         return self
 
     # A copy (EMA, the best model so far, a pickled model) is not trained by the Sparsifier: its weights may hold a mean

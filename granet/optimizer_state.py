@@ -7,6 +7,7 @@ and have gradient 0. So any optimizer works, also one this library has never hea
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,17 +25,19 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | 
     return None
 
 
+@dataclass(frozen=True)
 class Probe:
     """The outcome of a few steps of an optimizer's twin on a parameter with untouched zeros.
 
     Attributes:
         keeps_zero: whether the zeros stayed exactly 0. False also where no twin could be built: then nothing is known.
         fresh: state tensors of the parameter's shape by name, with their value at an untouched zero.
+        shared: state that is not one value an element, such as Adafactor's row means.
     """
 
-    def __init__(self, keeps_zero: bool, fresh: dict[str, float]) -> None:
-        self.keeps_zero = keeps_zero
-        self.fresh = fresh
+    keeps_zero: bool
+    fresh: dict[str, float]
+    shared: frozenset[str]
 
 
 def probe(optimizer: Optimizer, parameter: nn.Parameter, lr: float | None = None) -> Probe:
@@ -55,14 +58,12 @@ def probe(optimizer: Optimizer, parameter: nn.Parameter, lr: float | None = None
             small.grad = (values.cos() * scale).masked_fill(untouched, 0).reshape(shape).to(parameter)
             twin.step(lambda: small.new_zeros(()))  # type: ignore[arg-type,return-value]
     except Exception:  # an optimizer with a constructor or needs of its own: assume nothing about it
-        return Probe(keeps_zero=False, fresh={})
+        return Probe(keeps_zero=False, fresh={}, shared=frozenset())
     where = untouched.reshape(shape).to(parameter.device)
-    fresh = {
-        key: float(value[where][0])
-        for key, value in twin.state[small].items()
-        if isinstance(value, Tensor) and value.shape == small.shape
-    }
-    return Probe(keeps_zero=not bool(small.detach()[where].any()), fresh=fresh)
+    tensors = {key: value for key, value in twin.state[small].items() if isinstance(value, Tensor)}
+    fresh = {key: float(value[where][0]) for key, value in tensors.items() if value.shape == small.shape}
+    keeps_zero = not bool(small.detach()[where].any())
+    return Probe(keeps_zero, fresh, shared=frozenset(tensors.keys() - fresh.keys()))
 
 
 def _twin(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, lr: float | None) -> Optimizer:
@@ -74,29 +75,48 @@ def _twin(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, 
     return type(optimizer)([parameter], **settings)
 
 
+def element_state(optimizer: Optimizer, parameter: nn.Parameter, shared: frozenset[str]) -> dict[str, Tensor]:
+    """The state tensors that hold one value for each element of `parameter`.
+
+    Raises:
+        ValueError: one of them is not of a floating dtype (8-bit optimizers), so that no value in it can be set.
+    """
+    state = optimizer.state.get(parameter, {})
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in shared}
+    tensors = {key: value for key, value in tensors.items() if value.shape == parameter.shape}
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps '{key}' of a sparse weight as {value.dtype}: expected a floating "
+                "dtype, in which the state of single weights can be reset"
+            )
+    return tensors
+
+
 class StateReset:
-    """Gives single elements of a parameter the optimizer state of a fresh weight. Made anew for each update, since what
-    is fresh may follow the learning rate (Rprop)."""
+    """Gives single elements of a parameter the optimizer state of a fresh weight.
+
+    Made anew for each update, since what is fresh may follow the learning rate (Rprop).
+    """
 
     def __init__(self) -> None:
-        self._fresh: dict[tuple[object, ...], dict[str, float]] = {}
+        self._probes: dict[tuple[object, ...], Probe] = {}
 
     def __call__(self, optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
         """Reset the elements `where`, a bool tensor of the parameter's shape."""
         if isinstance(optimizer, LBFGS):
-            # Its history is one flat vector over all parameters, measured in a space that has just changed.
-            optimizer.state.clear()
+            if bool(where.any()):
+                # Its history is one flat vector over all parameters, measured in a space that has just changed.
+                optimizer.state.clear()
             return
-        state = optimizer.state.get(parameter)
-        if not state:
+        if not optimizer.state.get(parameter):
             return
-        fresh = self._fresh_values(optimizer, parameter)
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and (key in fresh or not fresh):
-                value.masked_fill_(where, fresh.get(key, 0.0))
+        found = self._probe(optimizer, parameter)
+        for key, value in element_state(optimizer, parameter, found.shared).items():
+            value.masked_fill_(where, found.fresh.get(key, 0.0))
 
-    def _fresh_values(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, float]:
+    def _probe(self, optimizer: Optimizer, parameter: nn.Parameter) -> Probe:
         key = (id(optimizer), id(group_of(optimizer, parameter)), parameter.dim(), parameter.dtype, parameter.device)
-        if key not in self._fresh:
-            self._fresh[key] = probe(optimizer, parameter).fresh
-        return self._fresh[key]
+        if key not in self._probes:
+            self._probes[key] = probe(optimizer, parameter)
+        return self._probes[key]

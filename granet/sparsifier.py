@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 from granet import report, sparsifier_state
 from granet.convert import sparse_weights
 from granet.gradients import GradientTap
+from granet.guard import OffMaskGuard
+from granet.masked import MaskedParameter
 from granet.methods import Method
-from granet.optimizer_state import StateReset, group_of, probe
+from granet.nesting import StepNesting
+from granet.optimizer_state import StateReset, group_of
 from granet.topology import Layer, Topology
 
 
@@ -32,7 +35,8 @@ class Sparsifier:
 
     Args:
         model: a model that went through `granet.sparsify`.
-        optimizer: the optimizer, or all of them, that hold the model's sparse weights.
+        optimizer: the optimizer, or all of them, that hold the model's sparse weights. Of a wrapper that steps another
+            optimizer (SAM, Lookahead), give the inner one.
         method: what to prune and grow, and when, e.g. `granet.methods.GraNet(...)`.
         seed: of the random choices (start, random growth); give every rank the same.
 
@@ -41,7 +45,7 @@ class Sparsifier:
 
     Raises:
         ValueError: no sparse layer; an optimizer that does not hold one of them; a time or count that does not fit the
-            run; a layer that another Sparsifier holds. Nothing is changed then.
+            run; a layer that another Sparsifier holds or that the method cannot mask. Nothing is changed then.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Sparsifier:
     ) -> None:
         self.model = model
         self.method = method
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.optimizers = _checked_optimizers(optimizer)
         self.layers = [Layer(name, owner) for name, owner in sparse_weights(model).items()]
         self._check()
         method.check_times()
@@ -57,18 +61,20 @@ class Sparsifier:
         start = self._start()  # the last thing that can be refused
 
         self._step = 0
+        self.explored = torch.zeros_like(start.kept) if method.records_exploration else None
+        self._owners = {layer.name: self._optimizer_of(layer) for layer in self.layers}
+        owned = [(layer, self._owners[layer.name]) for layer in self.layers]
         dense_wgrad = torch.zeros((), dtype=torch.bool)
+        self._tap = GradientTap(owned, dense_wgrad)
+        self._nesting = StepNesting()
+        self._guard = OffMaskGuard(owned, self._tap) if method.zeroing else None
         for layer in self.layers:
             layer.owner.bind(torch.ones_like(layer.weight, dtype=torch.bool), dense_wgrad)
-        self._leaky = {id(each) for each in self.optimizers if self._leaks(each)}
-        self._verified = False
-        self.explored = torch.zeros_like(start.kept) if method.records_exploration else None
         self._apply(start)
-        owned = [(layer, self._optimizer_of(layer)) for layer in self.layers]
-        self._tap = GradientTap(self.optimizers, owned, dense_wgrad)
         self._tap.ask(method.needs_gradient(1))
         self._handles = [each.register_step_pre_hook(self._before_step) for each in self.optimizers]
         self._handles += [each.register_step_post_hook(self._after_step) for each in self.optimizers]
+        self._handles += [each.register_load_state_dict_post_hook(self._after_load) for each in self.optimizers]
 
     @property
     def step(self) -> int:
@@ -98,7 +104,7 @@ class Sparsifier:
     @property
     def needs_gradient(self) -> bool:
         """Whether backward delivers the dense gradient now."""
-        return self._tap.asked
+        return self._tap.asks
 
     @property
     def exploration(self) -> float:
@@ -137,7 +143,10 @@ class Sparsifier:
         loaded = sparsifier_state.unpack(self, state)
         self._generator.set_state(loaded.generator)
         self.explored = loaded.explored
-        self._apply(Topology(self.layers, loaded.kept, self._generator))
+        # The optimizer's own state_dict holds the state of the kept weights, and nothing else is in it.
+        self._apply(Topology(self.layers, loaded.kept, self._generator), reset_state=False)
+        if self._guard is not None:
+            self._guard.check_next()
         self._step = loaded.step
         self._tap.ask(self.method.needs_gradient(self._step + 1))
 
@@ -155,6 +164,8 @@ class Sparsifier:
         for handle in self._handles:
             handle.remove()
         for layer in self.layers:
+            if layer.owner.mask is None:
+                continue  # removed before
             with torch.no_grad():
                 layer.weight.masked_fill_(~layer.mask, 0)
             layer.owner.unbind()
@@ -163,6 +174,8 @@ class Sparsifier:
         raise TypeError("a Sparsifier holds hooks of one optimizer: copy the model, make a new one and load_state_dict")
 
     def _check(self) -> None:
+        if not isinstance(self.method, Method):
+            raise ValueError(f"expected a method such as granet.methods.GraNet(...), got {self.method!r}")
         if not self.layers:
             raise ValueError(
                 "no layer to sparsify: expected a model that went through granet.sparsify, got none sparse"
@@ -174,6 +187,11 @@ class Sparsifier:
                 raise ValueError(
                     f"the optimizer does not hold the weight of layer '{layer.name}': expected one made from this "
                     "model's parameters()"
+                )
+            if not self.method.zeroing and isinstance(layer.owner, MaskedParameter):
+                raise ValueError(
+                    f"layer '{layer.name}': {self.method.name} keeps values off the mask, which only nn.Linear and "
+                    "nn.Conv2d can leave out; exclude this layer"
                 )
         idle = [each for each in self.optimizers if all(group_of(each, la.weight) is None for la in self.layers)]
         if idle:
@@ -193,72 +211,65 @@ class Sparsifier:
     def _optimizer_of(self, layer: Layer) -> Optimizer:
         return next(each for each in self.optimizers if group_of(each, layer.weight) is not None)
 
-    def _leaks(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer moves weights without a gradient (Muon), so that they need masking at every step."""
-        probes: dict[tuple[int, int], bool] = {}
-        for layer in self.layers:
-            group = group_of(optimizer, layer.weight)
-            if group is not None and (id(group), layer.weight.dim()) not in probes:
-                outcome = probe(optimizer, layer.weight, lr=0.01)
-                probes[id(group), layer.weight.dim()] = outcome.keeps_zero
-        return not all(probes.values())
-
+    # Compiled optimizer steps call these hooks as they are: what they do depends on the step.
+    @torch._disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._nesting.enter(optimizer):
+            return None
         update = self.method.is_update(self._step + 1)
         withhold = update and self.method.skips_step
         return self._tap.before_step(optimizer, args, kwargs, update=update, withhold=withhold)
 
+    @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._tap.after_step():
+        if not self._nesting.leave(optimizer) or self._tap.after_step():
             return
-        if id(optimizer) in self._leaky:
-            self._mask_weights([layer for layer in self.layers if self._optimizer_of(layer) is optimizer])
+        if self._guard is not None:
+            self._guard.after_step(optimizer)
         if optimizer is not self.optimizers[-1]:
             return
         self._step += 1
-        update = self.method.is_update(self._step)
-        if self.method.zeroing and (update or not self._verified):
-            self._verify_off_mask()
-        if update:
+        if self._guard is not None:
+            self._guard.check(self._step)
+        if self.method.is_update(self._step):
             self._update()
         self._tap.ask(self.method.needs_gradient(self._step + 1))
 
+    def _after_load(self, optimizer: Optimizer) -> None:
+        if self._guard is not None:
+            self._guard.check_next()
+
     def _update(self) -> None:
+        alive = [layer for layer in self.layers if layer.kept]
         topology = Topology(self.layers, self.kept(), self._generator, self._tap.growth, self._tap.has_gradient)
         self.method.update(topology, self._step)
         self._apply(topology)
+        for layer in alive:
+            if layer.kept == 0:
+                warnings.warn(
+                    f"layer '{layer.name}' has lost all its units at step {self._step}: nothing passes it any more",
+                    stacklevel=5,
+                )
 
     @torch.no_grad()
-    def _apply(self, topology: Topology) -> None:
+    def _apply(self, topology: Topology, *, reset_state: bool = True) -> None:
         """Write the masks; where units restart, zero the weight and make the optimizer state fresh."""
         reset = StateReset()
         for layer, kept, survivors in topology.parts():
-            mask = layer.granularity.expand(kept, layer.shape).to(layer.weight.device)
-            layer.mask.copy_(mask)
+            layer.mask.copy_(layer.granularity.expand(kept, layer.shape))
             layer.kept = int(kept.sum())
             if self.method.zeroing:
                 restart = ~layer.granularity.expand(survivors, layer.shape).to(layer.weight.device)
                 layer.weight.masked_fill_(restart, 0)
-                reset(self._optimizer_of(layer), layer.weight, restart)
+                if reset_state:
+                    reset(self._owners[layer.name], layer.weight, restart)
         if self.explored is not None:
             self.explored |= topology.kept.to(self.explored.device)
 
-    @torch.no_grad()
-    def _mask_weights(self, layers: Sequence[Layer]) -> None:
-        if self.method.zeroing:
-            for layer in layers:
-                layer.weight.masked_fill_(~layer.mask, 0)
 
-    def _verify_off_mask(self) -> None:
-        """Something but the layers may move weights off the mask, e.g. a penalty on the weights in the loss."""
-        self._verified = True
-        for layer in self.layers:
-            if bool(layer.weight.detach().masked_fill(layer.mask, 0).any()):
-                warnings.warn(
-                    f"layer '{layer.name}' had non-zero weights off the mask, from something other than the layer "
-                    "(a penalty on weights in the loss?): they are zeroed after every step from now on",
-                    stacklevel=4,
-                )
-                self._leaky.update(map(id, self.optimizers))
-                self._mask_weights(self.layers)
-                return
+def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+        got = ", ".join(type(each).__name__ for each in optimizers) or "none"
+        raise ValueError(f"expected a torch.optim.Optimizer or a list of them, got {got}")
+    return optimizers

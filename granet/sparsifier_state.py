@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from granet.sparsifier import Sparsifier
 
 VERSION = 1
+SCHEMA = {
+    "method": str,
+    "settings": dict,
+    "step": int,
+    "layers": dict,
+    "explored": Tensor | None,
+    "generator": Tensor,
+}
+LAYER_SCHEMA = {"shape": list, "granularity": str, "kept": int, "mask": Tensor}
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,9 @@ def unpack(sparsifier: Sparsifier, state: dict[str, Any]) -> Loaded:
     if not isinstance(state, dict) or state.get("version") != VERSION:
         got = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"expected a Sparsifier state of version {VERSION}, got {got!r}")
-    missing = {"method", "settings", "step", "layers", "explored", "generator"} - state.keys()
-    if missing:
-        raise ValueError(f"the Sparsifier state lacks {', '.join(sorted(missing))}: it is damaged")
+    _check_schema(state, SCHEMA, "the Sparsifier state")
+    if state["step"] < 0:
+        raise ValueError(f"expected a Sparsifier state of step 0 or later, got {state['step']}")
     _check_method(sparsifier, state)
     kept = _unpack_masks(sparsifier, state["layers"])
     explored = state["explored"]
@@ -88,8 +97,22 @@ def unpack(sparsifier: Sparsifier, state: dict[str, Any]) -> Loaded:
             raise ValueError(f"expected the units that {sparsifier.method.name} has explored, got none")
         explored = unpack_bits(explored, kept.numel()).to(sparsifier.explored.device)
     generator = state["generator"]
-    torch.Generator().set_state(generator)  # raises if it is no random state
-    return Loaded(kept, explored, generator, int(state["step"]))
+    try:
+        torch.Generator().set_state(generator)
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected the random state of a generator: {error}; the Sparsifier state is damaged"
+        ) from None
+    return Loaded(kept, explored, generator, state["step"])
+
+
+def _check_schema(state: Any, schema: dict[str, Any], what: str) -> None:
+    if not isinstance(state, dict) or (missing := schema.keys() - state.keys()):
+        lacks = f"lacks {', '.join(sorted(missing))}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+        raise ValueError(f"{what} {lacks}: it is damaged")
+    for key, kind in schema.items():
+        if not isinstance(state[key], kind):
+            raise ValueError(f"{what} has a {type(state[key]).__name__} as {key}: it is damaged")
 
 
 def _settings(sparsifier: Sparsifier) -> dict[str, Any]:
@@ -119,6 +142,7 @@ def _unpack_masks(sparsifier: Sparsifier, layers: dict[str, Any]) -> Tensor:
     parts = []
     for layer in sparsifier.layers:
         entry = layers[layer.name]
+        _check_schema(entry, LAYER_SCHEMA, f"layer '{layer.name}' in the Sparsifier state")
         here, there = (list(layer.shape), str(layer.granularity)), (entry["shape"], entry["granularity"])
         if here != there:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import granet_kernels
-from granet.granularity import Granularity
+from granet.granularity import Granularity, Unstructured
 from granet.masked import MaskedParameter
 from granet.modules import SparseLayer
 
@@ -25,22 +25,25 @@ class Layer:
         owner: the SparseLayer or MaskedParameter that computes with it.
         shape, numel: of the weight.
         units, unit_size: number of units, and weights in each.
+        capacity: the most units that the granularity's pattern allows; `units`, but for N:M.
         kept: number of units kept.
     """
 
     def __init__(self, name: str, owner: SparseLayer | MaskedParameter) -> None:
         self.name = name
         self.owner = owner
-        self.shape = tuple(owner.weight.shape)
-        self.numel = owner.weight.numel()
+        self.shape = tuple(self.weight.shape)
+        self.numel = self.weight.numel()
         self.units = owner.granularity.units(self.shape)
         self.unit_size = owner.granularity.unit_size(self.shape)
+        self.capacity = owner.granularity.capacity(self.shape)
         self.kept = self.units
 
     @property
     def weight(self) -> nn.Parameter:
         weight = self.owner.weight
-        assert isinstance(weight, nn.Parameter)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(f"layer '{self.name}': expected a plain Parameter as weight, got a parametrized one")
         return weight
 
     @property
@@ -136,17 +139,15 @@ class Topology:
             drop_count: how many to drop out of so many kept units of one sign. Zeros count as positive.
         """
         for layer in self.layers:
-            if layer.unit_size != 1:
-                raise ValueError(
-                    f"layer '{layer.name}': dropping by sign needs units of one weight, got {layer.granularity}"
-                )
+            if not isinstance(layer.granularity, Unstructured):
+                raise ValueError(f"layer '{layer.name}': dropping by sign is unstructured, got {layer.granularity}")
         magnitude, negative = self.magnitude(), self._reduce(lambda w: w.neg().clamp(min=0)) > 0
         chosen, counts = torch.zeros_like(self.kept), [0] * len(self.layers)
         for side in (self.kept & ~negative, self.kept & negative):
             drops = [drop_count(int(part.sum())) for part in self._split(side)]
             chosen |= side & ~granet_kernels.drop(magnitude, side, torch.tensor(drops), self._offsets)
             counts = [a + b for a, b in zip(counts, drops, strict=True)]
-        return torch.where(chosen, -1.0, magnitude), counts
+        return torch.where(chosen, 0.0, 1.0), counts
 
     def draw(self, counts: Sequence[int]) -> None:
         """Keep so many units of each layer, at random, and nothing else."""

@@ -139,6 +139,10 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+def test_a_bare_layer_without_a_sparse_class_is_named_like_its_module():
+    assert list(sparse_weights(granet.sparsify(nn.Conv1d(4, 4, 3)))) == [""]
+
+
 MASKED = {
     "attention": (Attention(), (torch.randn(2, 3, 8),) * 2, ["attention.in_proj", "attention.out_proj", "head"]),
     "cross-attention": (

@@ -273,3 +273,10 @@ def test_gmp_training_flops(resnet: ResNet50, interval: int, expected: float) ->
     assert ratio == pytest.approx(expected, abs=1e-4)
     if interval == 200:
         assert ratio == pytest.approx(0.504, abs=0.001)
+
+
+def test_flops_by_layer() -> None:
+    macs = {"a": 100, "b": 50}
+    assert flops.layer_flops(macs, {"a": 0.25}) == {"a": 50, "b": 100}
+    with pytest.raises(ValueError, match="expected densities of layers with known MACs, got c"):
+        flops.layer_flops(macs, {"c": 0.5})

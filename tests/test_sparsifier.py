@@ -233,22 +233,244 @@ def test_a_layer_without_a_gradient_exchanges_nothing():
     assert torch.equal(model.unused.mask, before[1])
 
 
-def test_a_penalty_on_the_weights_is_noticed_and_masked_from_then_on():
-    model, optimizer, sparsifier = make(gradual())
+@pytest.mark.parametrize("method", [gradual(), Static(sparsity=0.5, total_steps=40)], ids=["GraNet", "Static"])
+@pytest.mark.parametrize("first", [0, 150], ids=["at once", "later"])
+def test_a_penalty_on_the_weights_is_noticed_and_masked_from_then_on(method, first, recwarn):
+    model, optimizer, sparsifier = make(method)
 
-    def step():
+    def step(penalty):
         optimizer.zero_grad()
-        loss = backward(model)
-        # The mean of all weights pulls dropped weights away from 0, too.
-        sum(layer.weight.sum() for layer in sparsifier.layers).backward()
+        backward(model)
+        if penalty:  # the sum of all weights pulls dropped weights away from 0, too
+            (1e-3 * sum(layer.weight.sum() for layer in sparsifier.layers)).backward()
         optimizer.step()
+
+    for _ in range(first):
+        step(penalty=False)
+    assert not recwarn
+    for _ in range(102):
+        step(penalty=True)
+    assert "layer '0' gets a gradient off its mask from something other than the layer" in str(recwarn[0].message)
+    assert len(recwarn) == 1
+    for _ in range(6):
+        step(penalty=True)
+        for layer in sparsifier.layers:
+            assert not layer.weight[~layer.mask].any()
+            assert not optimizer.state[layer.weight]["momentum_buffer"][~layer.mask].any()
+
+
+def test_a_dense_checkpoint_loaded_into_a_bound_model_is_masked(recwarn):
+    model, optimizer, sparsifier = make(gradual())
+    dense = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4))
+    other = torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9)
+    train(dense, other, 2)
+    model.load_state_dict(dense.state_dict())
+    optimizer.load_state_dict(other.state_dict())
+    for step in range(6):
+        train(model, optimizer, 1, first=step)
+        for layer in sparsifier.layers:
+            assert not layer.weight[~layer.mask].any()
+            assert not optimizer.state[layer.weight]["momentum_buffer"][~layer.mask].any()
+    assert not recwarn
+
+
+class Slow(torch.optim.SGD):
+    """Keeps a second copy of the weights from its fifth step on, as Lookahead does."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["calls"] = state.get("calls", 0) + 1
+                if state["calls"] == 5:
+                    state["slow"] = parameter.detach().clone()
+                elif state["calls"] % 5 == 0:
+                    state["slow"].lerp_(parameter.detach(), 0.5)
+                    parameter.data.copy_(state["slow"])
+
+
+def test_state_that_appears_late_is_reset_too():
+    model, optimizer, sparsifier = make(gradual(), lambda p: Slow(p, lr=0.1, momentum=0.9))
+    for step in range(20):
+        train(model, optimizer, 1, first=step)
+        for layer in sparsifier.layers:
+            assert not layer.weight[~layer.mask].any()
+            if step >= 5:
+                assert not optimizer.state[layer.weight]["slow"][~layer.mask].any()
+
+
+def test_quantized_optimizer_state_is_refused():
+    class Quantized(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["codes"] = torch.full_like(parameter, 128, dtype=torch.uint8)
+
+    model, optimizer, _ = make(gradual(), lambda p: Quantized(p, lr=0.1))
+    with pytest.raises(ValueError, match=r"Quantized keeps 'codes' of a sparse weight as torch.uint8"):
+        train(model, optimizer, 1)
+
+
+def test_a_compiled_optimizer_step_keeps_the_invariants(recwarn):
+    torch._dynamo.reset()
+    model, optimizer, sparsifier = make(gradual(update_every=2), torch.optim.Adam)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for _ in range(8):
+        optimizer.zero_grad()
+        backward(model)
+        step()
+        for layer in sparsifier.layers:
+            assert not layer.weight[~layer.mask].any()
+            assert not optimizer.state[layer.weight]["exp_avg"][~layer.mask].any()
+    assert sparsifier.step == 8
+    assert not [w for w in recwarn if "granet" in str(w.message) or "layer" in str(w.message)]
+
+
+def test_a_mask_only_method_refuses_weights_whose_products_are_dense():
+    model = granet.sparsify(nn.Sequential(nn.Conv1d(4, 4, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="layer '0': GMP keeps values off the mask, which only"):
+        granet.Sparsifier(model, optimizer, GMP(form="mask", total_steps=2000))
+
+
+def test_lbfgs_resumes_bit_for_bit():
+    def run(model, optimizer, steps, first=0):
+        for step in range(first, first + steps):
+
+            def closure(step=step):
+                optimizer.zero_grad()
+                return backward(model, seed=step)
+
+            optimizer.step(closure)
+
+    def lbfgs(parameters):
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
+
+    model, optimizer, sparsifier = make(gradual(), lbfgs)
+    run(model, optimizer, 6)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), sparsifier.state_dict()])
+    run(model, optimizer, 5, first=6)
+    again, optimizer2, sparsifier2 = make(gradual(), lbfgs)
+    for target, state in zip((again, optimizer2, sparsifier2), saved, strict=True):
+        target.load_state_dict(state)
+    run(again, optimizer2, 5, first=6)
+    assert same(model.state_dict().values(), again.state_dict().values())
+
+
+def test_an_optimizer_that_steps_its_parent_makes_one_step():
+    class Child(torch.optim.SGD):
+        fail = False
+
+        def step(self, closure=None):
+            if self.fail:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # its step runs hooks from now on, the child's too
+    model, optimizer, sparsifier = make(gradual(update_every=2), lambda p: Child(p, lr=0.1))
+    train(model, optimizer, 3)
+    assert sparsifier.step == 3
+    optimizer.fail = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.fail = False
+    before = masks(sparsifier)
+    train(model, optimizer, 1, first=3)
+    assert sparsifier.step == 4
+    assert not same(masks(sparsifier), before)
+
+
+def test_a_closure_may_be_a_keyword_only_argument():
+    class Strict(torch.optim.SGD):
+        def step(self, *, closure=None):
+            return super().step(closure)
+
+    model, optimizer, sparsifier = make(gradual(), lambda p: Strict(p, lr=0.1))
+    optimizer.step(closure=lambda: backward(model))
+    assert sparsifier.step == 1
+
+
+def test_every_optimizer_delivers_its_gradient_whether_or_not_it_has_a_closure():
+    model = granet.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)))
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    sparsifier = granet.Sparsifier(model, [first, second], gradual(initial_sparsity=0.9, update_every=1))
+
+    def closure():
+        model.zero_grad()
+        loss = model(torch.randn(3, 6)).square().sum()
+        loss.backward()
         return loss
 
-    with pytest.warns(UserWarning, match="layer '0' had non-zero weights off the mask"):
-        step()
-    for _ in range(6):
-        step()
-        assert all(not layer.weight[~layer.mask].any() for layer in sparsifier.layers)
+    for _ in range(3):
+        before = masks(sparsifier)
+        first.step(closure)
+        second.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, masks(sparsifier), strict=True))
+
+
+def test_an_optimizer_that_was_skipped_contributes_no_stale_growth():
+    model = granet.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)))
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    sparsifier = granet.Sparsifier(model, [first, second], gradual(initial_sparsity=0.9, update_every=1))
+    for skip in (False, True):
+        before = masks(sparsifier)
+        model.zero_grad()
+        model(torch.randn(3, 6)).square().sum().backward()
+        if not skip:
+            first.step()
+        second.step()
+        assert torch.equal(before[0], model[0].mask) == skip
+        assert sparsifier._tap.growth is not None
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: torch.compile(nn.DataParallel(m))])
+def test_layers_have_the_model_s_own_names_behind_a_wrapper(wrap):
+    model = granet.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)))
+    sparsifier = granet.Sparsifier(wrap(model), torch.optim.SGD(model.parameters(), lr=0.1), gradual())
+    assert [layer.name for layer in sparsifier.layers] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        gradual(sparsity=0.5, initial_sparsity=0.0, update_every=2),
+        gradual(sparsity=0.75, initial_sparsity=0.5, update_every=2),
+        RigL(sparsity=0.5, update_every=2, total_steps=40),
+        SET(sparsity=0.6, update_every=2, total_steps=40),
+        Static(sparsity=0.5, total_steps=40),
+        GMP(sparsity=0.5, update_every=2, total_steps=40),
+        GMP(sparsity=0.5, update_every=2, total_steps=40, form="mask", scope="layer"),
+    ],
+    ids=["GraNet-dense-start", "GraNet-sparser", "RigL", "SET", "Static", "GMP", "GMP-mask"],
+)
+def test_two_of_four_is_two_of_four(method):
+    torch.manual_seed(0)
+    model = granet.sparsify(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 8)), granularity="2:4")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = granet.Sparsifier(model, optimizer, method)
+    for _ in range(24):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    for layer in sparsifier.layers:
+        kept = layer.mask.reshape(-1, 4).sum(1)
+        assert int(kept.max()) <= 2
+        assert method.sparsity != 0.5 or int(kept.min()) == 2
+
+
+def test_a_layer_that_loses_all_its_units_is_named():
+    torch.manual_seed(0)
+    model = granet.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    granet.Sparsifier(model, optimizer, GMP(sparsity=0.6, update_every=1, prune_until=1, total_steps=2))
+    model(torch.randn(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="layer '1' has lost all its units at step 1"):
+        optimizer.step()
 
 
 def test_the_state_survives_a_file_and_continues_bit_for_bit():
@@ -296,6 +518,12 @@ def other_mask(change):
         (damaged(method="RigL"), "expected the state of method GraNet, got one of RigL"),
         (damaged(version=9), "expected a Sparsifier state of version 1, got 9"),
         (lambda state: {k: v for k, v in state.items() if k != "step"}, "the Sparsifier state lacks step"),
+        (damaged(step=-4), "expected a Sparsifier state of step 0 or later, got -4"),
+        (damaged(layers=None), "the Sparsifier state has a NoneType as layers: it is damaged"),
+        (damaged(settings=None), "the Sparsifier state has a NoneType as settings: it is damaged"),
+        (damaged(generator=torch.zeros(3, dtype=torch.uint8)), "expected the random state of a generator"),
+        (other_mask(lambda la: la.pop("kept")), "layer '4' in the Sparsifier state lacks kept"),
+        (other_mask(lambda la: la.update(mask=[1])), "layer '4' in the Sparsifier state has a list as mask"),
         (damaged(settings={"sparsity": 0.8}), "sparsity is 0.9 here and 0.8 in the state"),
         (damaged(layers={}), "expected masks for the 2 sparse layers of this model"),
         (other_mask(lambda la: la.update(shape=[4, 90])), r"layer '4': expected a mask of \[4, 96\], unstructured"),
@@ -335,7 +563,12 @@ def test_a_model_without_sparse_layers_or_bound_already_is_refused():
     plain = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="no layer to sparsify"):
         granet.Sparsifier(plain, torch.optim.SGD(plain.parameters(), lr=0.1), gradual())
+    for optimizer in (None, plain.parameters(), []):
+        with pytest.raises(ValueError, match=r"expected a torch.optim.Optimizer or a list of them"):
+            granet.Sparsifier(plain, optimizer, gradual())
     model, optimizer, sparsifier = make(gradual())
+    with pytest.raises(ValueError, match="expected a method such as"):
+        granet.Sparsifier(model, optimizer, GraNet)
     with pytest.raises(ValueError, match="layer '0' is bound to a Sparsifier already"):
         granet.Sparsifier(model, optimizer, gradual())
     with pytest.raises(TypeError, match="copy the model, make a new one"):

@@ -28,8 +28,8 @@ def get_method(name: str) -> type[Method]:
     """
     by_lower = {key.lower(): method for key, method in all_methods().items()}
     if name.lower() not in by_lower:
-        near = [by_lower[key].name for key in difflib.get_close_matches(name.lower(), by_lower)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(all_methods())}"
+        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+        hint = f"did you mean {by_lower[near[0]].name}?" if near else f"there are {', '.join(all_methods())}"
         raise ValueError(f"unknown method {name!r}: {hint}")
     return by_lower[name.lower()]
 

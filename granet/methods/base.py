@@ -16,8 +16,6 @@ from granet.distribution import DISTRIBUTIONS, kept_units, layer_counts
 from granet.schedule import cubic_sparsity, resolve_time
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from granet.topology import Layer, Topology
 
 Time = int | float | str
@@ -85,8 +83,12 @@ class Method:
 
     def start_counts(self, layers: Sequence[Layer]) -> list[int]:
         """Kept units of each layer at the start; they are drawn at random."""
+        return self.distribute(layers, self.sparsity_at(0))
+
+    def distribute(self, layers: Sequence[Layer], sparsity: float) -> list[int]:
+        """Kept units of each layer at this sparsity of all, by `distribution`."""
         shapes, units = [layer.shape for layer in layers], [layer.units for layer in layers]
-        return layer_counts(self.distribution, shapes, units, self.sparsity_at(0))
+        return layer_counts(self.distribution, shapes, units, sparsity, [layer.capacity for layer in layers])
 
     def prunes(self, step: int) -> bool:
         """Whether `step` ends with fewer units kept."""
@@ -143,7 +145,22 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual(Method):
+class Periodic(Method):
+    """A method whose updates are `update_every` steps apart."""
+
+    update_every: Time = 1000
+
+    def check_times(self) -> None:
+        super().check_times()
+        self.resolve("update_every", least=1)
+
+    @cached_property
+    def _every(self) -> int:
+        return self.resolve("update_every", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Periodic):
     """Gradual pruning: the sparsity rises along a cubic from `initial_sparsity` to `sparsity`.
 
     Args:
@@ -155,7 +172,6 @@ class Gradual(Method):
     """
 
     initial_sparsity: float = 0.0
-    update_every: Time = 1000
     prune_from: Time = 0
     prune_until: Time = 0.5
     scope: Literal["global", "layer"] = "global"
@@ -169,13 +185,8 @@ class Gradual(Method):
 
     def check_times(self) -> None:
         super().check_times()
-        self.resolve("update_every", least=1)
         if self._begin >= self._end and self.initial_sparsity != self.sparsity:
             self.reject("prune_until", f"a time after prune_from ({self.prune_from!r})")
-
-    @cached_property
-    def _every(self) -> int:
-        return self.resolve("update_every", least=1)
 
     @cached_property
     def _begin(self) -> int:
@@ -194,31 +205,22 @@ class Gradual(Method):
         return step % self._every == 0 or step == self._end
 
     def prune(self, topology: Topology, step: int) -> None:
-        topology.prune(topology.magnitude(), self.counts_at(topology, step))
+        counts = self.counts_at(topology.layers, step)
+        if not isinstance(counts, int):
+            counts = _within(counts, topology.counts())
+        topology.prune(topology.magnitude(), counts)
 
-    def counts_at(self, topology: Topology, step: int) -> int | list[int]:
+    def counts_at(self, layers: Sequence[Layer], step: int) -> int | list[int]:
         """Kept units after the pruning of `step`: one number for all layers together, or one for each."""
-        sparsity, units = self.sparsity_at(step), [layer.units for layer in topology.layers]
+        sparsity = self.sparsity_at(step)
         if self.scope == "global":
-            return kept_units(sum(units), sparsity)
-        targets = layer_counts(self.distribution, [layer.shape for layer in topology.layers], units, sparsity)
-        # Rounding may hand a unit to another layer from one sparsity to the next; pruning only takes away.
-        return [min(target, kept) for target, kept in zip(targets, topology.counts(), strict=True)]
+            return kept_units(sum(layer.units for layer in layers), sparsity)
+        return self.distribute(layers, sparsity)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange(Method):
+class Exchange(Periodic):
     """Exchange: every `update_every` steps each layer drops its smallest |w| and grows as many new units."""
-
-    update_every: Time = 1000
-
-    def check_times(self) -> None:
-        super().check_times()
-        self.resolve("update_every", least=1)
-
-    @cached_property
-    def _every(self) -> int:
-        return self.resolve("update_every", least=1)
 
     @cached_property
     def _last(self) -> int:
@@ -239,11 +241,7 @@ class Exchange(Method):
             growth, counts = topology.gradient(), topology.where_gradient(counts)
         else:
             growth = topology.random()
-        topology.exchange(self.drop_scores(topology, counts), growth, counts, keep_regrown=self.keeps_regrown)
-
-    def drop_scores(self, topology: Topology, counts: list[int]) -> Tensor:
-        """(units,) float32; the `counts` lowest of each layer's kept units are dropped."""
-        return topology.magnitude()
+        topology.exchange(topology.magnitude(), growth, counts, keep_regrown=self.keeps_regrown)
 
     def drop_count(self, ratio: float, kept: int) -> int:
         """Units to exchange out of `kept`: rounded down, unless the method's authors do otherwise."""
@@ -253,3 +251,16 @@ class Exchange(Method):
     def keeps_regrown(self) -> bool:
         """Whether a unit dropped and regrown in the same update keeps its value and optimizer state."""
         return True
+
+
+def _within(targets: list[int], kept: list[int]) -> list[int]:
+    """`targets` with none above what is kept and the same sum: pruning only takes away.
+
+    Rounding may hand a unit to another layer from one sparsity to the next. Such a unit goes to the layer that has most
+    above its target.
+    """
+    counts = [min(pair) for pair in zip(targets, kept, strict=True)]
+    for _ in range(min(sum(targets), sum(kept)) - sum(counts)):
+        spare = [have - count for have, count in zip(kept, counts, strict=True)]
+        counts[spare.index(max(spare))] += 1
+    return counts

@@ -53,15 +53,14 @@ class GMP(Gradual):
     def start_counts(self, layers: Sequence[Layer]) -> list[int]:
         return self._capped(layers, 0) if self.max_sparsity else super().start_counts(layers)
 
-    def counts_at(self, topology: Topology, step: int) -> int | list[int]:
-        return self._capped(topology.layers, step) if self.max_sparsity else super().counts_at(topology, step)
+    def counts_at(self, layers: Sequence[Layer], step: int) -> int | list[int]:
+        return self._capped(layers, step) if self.max_sparsity else super().counts_at(layers, step)
 
     def prune(self, topology: Topology, step: int) -> None:
-        counts = self.counts_at(topology, step)
         if self.form == "mask":
-            topology.select(topology.magnitude(), counts)
+            topology.select(topology.magnitude(), self.counts_at(topology.layers, step))
         else:
-            topology.prune(topology.magnitude(), counts)
+            super().prune(topology, step)
 
     def _capped(self, layers: Sequence[Layer], step: int) -> list[int]:
         for pattern in self.max_sparsity:

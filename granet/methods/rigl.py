@@ -53,7 +53,7 @@ class RigL(Exchange):
         return self.resolve("update_until", least=1)
 
     def exchanges(self, step: int) -> bool:
-        return super().exchanges(step) and step <= self._until
+        return super().exchanges(step) and step < self._until  # the ratio is 0 there
 
     def ratio_at(self, step: int) -> float:
         return cosine(step, self._until, self.drop_ratio, 0.0)

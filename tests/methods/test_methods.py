@@ -187,6 +187,21 @@ def test_gmp_with_caps_is_gale_s_setting():
     assert kept(sparsifier) == [100, 10, 20]
 
 
+def test_pruning_by_layer_is_exact_although_rounding_moves_units_between_layers():
+    torch.manual_seed(0)
+    shapes = [(3, 7), (6, 3), (7, 8), (8, 2)]
+    model = nn.ModuleDict({str(i): nn.Linear(cols, rows, bias=False) for i, (rows, cols) in enumerate(shapes)})
+    granet.sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = GMP(sparsity=0.6, scope="layer", update_every=1, prune_until=5, total_steps=6)
+    sparsifier = granet.Sparsifier(model, optimizer, method)
+    for _ in range(5):
+        for layer in model.values():
+            layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+    assert sum(kept(sparsifier)) == 44  # round(.4 * 111)
+
+
 @pytest.mark.parametrize(
     ("make_method", "message"),
     [

@@ -1,0 +1,142 @@
+"""What of a model can be sparse: its layers, their parameters and MACs, and what ERK and uniform would keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from granet import granularity as granularities
+from granet.convert import sparse_weights, sparsify
+from granet.distribution import layer_counts
+from granet.flops import layer_macs, test_flops_ratio
+from granet.granularity import Granularity
+from granet.models import create_model
+
+_DIGITS, _CIFAR, _IMAGENET = (1, 8, 8), (3, 32, 32), (3, 224, 224)
+_IMAGE_SHAPES = {"mlp": _DIGITS, "digits-cnn": _DIGITS, "vgg19": _CIFAR, "resnet20": _CIFAR, "resnet56": _CIFAR}
+_IMAGE_SHAPES["resnet50-cifar"] = _CIFAR
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One weight that can be sparse.
+
+    Attributes:
+        macs: of one example.
+        units: units of sparsity, or None where the granularity does not fit.
+        problem: why it does not fit.
+        erk, uniform: the density that each distribution gives, or None where it does not fit.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    macs: int
+    units: int | None
+    problem: str | None
+    erk: float | None
+    uniform: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What examine found.
+
+    Attributes:
+        parameters: of the whole model.
+        layers: the weights that can be sparse, in the model's order.
+        macs: of all layers, for one example.
+        flops_ratio: FLOPs of a forward pass with each distribution's densities, dense = 1.
+    """
+
+    model: str
+    image_shape: tuple[int, ...]
+    parameters: int
+    layers: list[LayerReport]
+    macs: int
+    flops_ratio: dict[str, float]
+
+
+def image_shape_of(model: str) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a named model is usually fed."""
+    return _IMAGE_SHAPES.get(model, _IMAGENET)
+
+
+def examine(
+    model_name: str,
+    image_shape: tuple[int, int, int] | None = None,
+    num_classes: int = 10,
+    sparsity: float = 0.9,
+    granularity: str = "unstructured",
+) -> Diagnosis:
+    """Look at a named model, without training it.
+
+    Args:
+        model_name: one of granet.models.model_names().
+        image_shape: (channels, height, width); by default what the model is usually fed.
+        num_classes: outputs of the classifier.
+        sparsity: of all layers together, for the preview of the distributions.
+        granularity: what one unit of sparsity is.
+    Raises:
+        ValueError: unknown model, granularity or shape; sparsity outside [0, 1).
+    """
+    shape = image_shape or image_shape_of(model_name)
+    unit = granularities.parse(granularity)
+    with torch.random.fork_rng(devices=[]):
+        model = create_model(model_name, num_classes, shape[0], image_size=shape[1])
+    macs = layer_macs(model, shape)
+    sparsify(model)
+    weights = {name: tuple(owner.weight.shape) for name, owner in sparse_weights(model).items()}
+    problems = {name: _problem(unit, weight) for name, weight in weights.items()}
+    fitting = {name: weight for name, weight in weights.items() if problems[name] is None}
+    densities = {name: _densities(name, fitting, unit, sparsity) for name in ("erk", "uniform")}
+    layers = [
+        LayerReport(
+            name=name,
+            shape=weight,
+            weights=_numel(weight),
+            macs=macs.get(_macs_name(name), 0),
+            units=unit.units(weight) if problems[name] is None else None,
+            problem=problems[name],
+            erk=densities["erk"].get(name),
+            uniform=densities["uniform"].get(name),
+        )
+        for name, weight in weights.items()
+    ]
+    ratios = {
+        key: test_flops_ratio(macs, {_macs_name(n): d for n, d in values.items() if _macs_name(n) in macs})
+        for key, values in densities.items()
+    }
+    return Diagnosis(model_name, shape, _parameters(model), layers, sum(macs.values()), ratios)
+
+
+def _problem(unit: Granularity, shape: tuple[int, ...]) -> str | None:
+    try:
+        unit.units(shape)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _densities(
+    distribution: str, shapes: dict[str, tuple[int, ...]], unit: Granularity, sparsity: float
+) -> dict[str, float]:
+    if not shapes:
+        return {}
+    units = [unit.units(shape) for shape in shapes.values()]
+    counts = layer_counts(distribution, list(shapes.values()), units, sparsity)
+    return {name: count / total for name, count, total in zip(shapes, counts, units, strict=True)}
+
+
+def _macs_name(name: str) -> str:
+    return name.removesuffix("_weight")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
