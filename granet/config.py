@@ -248,9 +248,15 @@ def config_yaml(config: TrainConfig) -> str:
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two config_dict results differ, each as `name: saved -> given`."""
+    """The fields in which two config_dict results differ, each as `name: saved -> given`.
+
+    Of two different classes only the names are compared: their other fields have nothing in common.
+    """
     found = []
-    for key in sorted(saved.keys() | given.keys()):
+    keys = saved.keys() | given.keys()
+    if saved.get("class_path") != given.get("class_path"):
+        keys = {"class_path"}
+    for key in sorted(keys):
         name = f"{prefix}{key}".replace(".init_args", "").removesuffix(".class_path")
         old, new = saved.get(key), given.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -97,7 +97,7 @@ def examine(
             name=name,
             shape=weight,
             weights=_numel(weight),
-            macs=macs.get(_macs_name(name), 0),
+            macs=macs.get(name, 0),
             units=unit.units(weight) if problems[name] is None else None,
             problem=problems[name],
             erk=densities["erk"].get(name),
@@ -105,10 +105,7 @@ def examine(
         )
         for name, weight in weights.items()
     ]
-    ratios = {
-        key: test_flops_ratio(macs, {_macs_name(n): d for n, d in values.items() if _macs_name(n) in macs})
-        for key, values in densities.items()
-    }
+    ratios = {key: test_flops_ratio(macs, values) for key, values in densities.items()}
     return Diagnosis(model_name, shape, _parameters(model), layers, sum(macs.values()), ratios)
 
 
@@ -126,12 +123,9 @@ def _densities(
     if not shapes:
         return {}
     units = [unit.units(shape) for shape in shapes.values()]
-    counts = layer_counts(distribution, list(shapes.values()), units, sparsity)
+    capacities = [unit.capacity(shape) for shape in shapes.values()]
+    counts = layer_counts(distribution, list(shapes.values()), units, sparsity, capacities)
     return {name: count / total for name, count, total in zip(shapes, counts, units, strict=True)}
-
-
-def _macs_name(name: str) -> str:
-    return name.removesuffix("_weight")
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -73,7 +73,7 @@ class OffMaskGuard:
                 f"layer '{moved[0]}' gets a gradient off its mask from something other than the layer (a penalty on "
                 "weights in the loss? a model that multiplies the weight itself?): gradient and weight are masked in "
                 "every step from now on",
-                stacklevel=5,
+                stacklevel=6,
             )
         self._check_next = self._found_before = bool(moved)
 

@@ -29,7 +29,7 @@ def build_parser() -> ArgumentParser:
     class for any other class that is chosen.
     """
     set_parsing_settings(subclasses_enabled=list(_CHOICES.values()))
-    parser = ArgumentParser(prog="granet train", exit_on_error=False)
+    parser = ArgumentParser(prog="granet train", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file like those that `granet recipes --show` prints")
     parser.add_class_arguments(TrainConfig, None, as_group=False)
     parser.set_defaults(dict.fromkeys(_CHOICES))
@@ -64,6 +64,9 @@ def train_help(own: argparse.ArgumentParser) -> str:
     """The help of `granet train`: the options of `own`, then those of a configuration."""
     own_options = own.format_help().partition("options:")[2].strip("\n")
     fields = build_parser().format_help().partition("options:")[2].strip("\n")
+    for base in _CHOICES.values():  # the parser names every class, those that are only bases of others too
+        names = ", ".join(subclasses(base))
+        fields = re.sub(rf"\(type: <class '{base.__name__}'>[^)]*\)", f"({names})", fields)
     return (
         "usage: granet train [--recipe NAME] [--run-dir DIR] [--resume] [--FIELD VALUE ...]\n\n"
         "Train one network. Every field of the recipe can be overridden, e.g.\n"

@@ -248,7 +248,7 @@ class Sparsifier:
             if layer.kept == 0:
                 warnings.warn(
                     f"layer '{layer.name}' has lost all its units at step {self._step}: nothing passes it any more",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
 
     @torch.no_grad()

@@ -66,6 +66,7 @@ def test_times_keep_their_kind(text, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--epoch", "3"], "unknown option --epoch; did you mean epochs?"),  # no abbreviations
         (["--methd", "GraNet"], "unknown option --methd; did you mean method?"),
         (["--data.rot", "x"], "unknown option --data.rot; did you mean data.root?"),
         (["--method", "Granet"], "unknown method 'Granet'; did you mean GraNet? (known: "),

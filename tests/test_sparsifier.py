@@ -48,6 +48,7 @@ def gradual(**settings):
     return GraNet(**{"sparsity": 0.9, "initial_sparsity": 0.5, "update_every": 4, "total_steps": 40} | settings)
 
 
+@pytest.mark.filterwarnings("ignore:layer .* has lost all its units")
 @settings(max_examples=25, deadline=None)
 @given(
     sparsity=st.floats(0.0, 0.99),
