@@ -57,7 +57,7 @@ class OffMaskGuard:
             ValueError: the optimizer keeps state in which single weights cannot be reset.
         """
         if step == 1:
-            self._check_state()
+            self.check_state()
         if not self._check_next and step % CHECK_EVERY:
             return
         moved = [la.name for la, _ in self._layers if bool(la.weight.masked_fill(la.mask, 0).any())]
@@ -77,7 +77,8 @@ class OffMaskGuard:
             )
         self._check_next = self._found_before = bool(moved)
 
-    def _check_state(self) -> None:
+    def check_state(self) -> None:
+        """Raise ValueError if an optimizer keeps state in which single weights cannot be reset."""
         for layer, optimizer in self._layers:
             element_state(optimizer, layer.weight, frozenset())
 

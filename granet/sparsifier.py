@@ -58,7 +58,7 @@ class Sparsifier:
         self._check()
         method.check_times()
         self._generator = torch.Generator().manual_seed(seed)
-        start = self._start()  # the last thing that can be refused
+        start = self._start()
 
         self._step = 0
         self.explored = torch.zeros_like(start.kept) if method.records_exploration else None
@@ -68,6 +68,8 @@ class Sparsifier:
         self._tap = GradientTap(owned, dense_wgrad)
         self._nesting = StepNesting()
         self._guard = OffMaskGuard(owned, self._tap) if method.zeroing else None
+        if self._guard is not None:
+            self._guard.check_state()  # the last thing that can be refused
         for layer in self.layers:
             layer.owner.bind(torch.ones_like(layer.weight, dtype=torch.bool), dense_wgrad)
         self._apply(start)

@@ -17,8 +17,8 @@ from granet.config import config_yaml
 from granet.run import RunFolder
 from granet.trainer import train
 
-KILLS = 3
-CONFIG = small_config(epochs=40, checkpoint_every=3)
+KILLS = int(os.environ.get("GRANET_KILLS", "3"))
+CONFIG = small_config(epochs=14 * KILLS, checkpoint_every=3)
 
 
 def start(folder: Path, config: Path | None = None) -> subprocess.Popen[str]:
@@ -71,6 +71,7 @@ def test_killed_at_random_moments(whole, tmp_path, config_path):
     assert (process.returncode, errors) == (0, "")
     assert kills > 0
     assert_same_end(whole[0], folder)
+    print(f"killed {kills} times, the same end")
 
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path):
