@@ -7,10 +7,12 @@ import errno
 import importlib.metadata
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _complain(_describe(error), 1)
+    except torch.OutOfMemoryError as error:
+        return _complain(f"{str(error).splitlines()[0]} Lower batch_size, and raise accumulate as much", 1)
     except ValueError as error:
         return _complain(str(error), 1)
     return 0
@@ -102,7 +106,7 @@ def _train(words: list[str]) -> None:
         print(train_help(parser))
         return
     from granet.progress import reporter
-    from granet.run import RunFolder, new_run_dir
+    from granet.run import RunFolder
     from granet.trainer import train
 
     if options.resume and options.run_dir is None:
@@ -116,15 +120,23 @@ def _train(words: list[str]) -> None:
         base = options.config or recipe_path(options.recipe or DEFAULT)
     config = parse_config(rest, base)
     console = Console()
-    summary = train(config, options.run_dir or new_run_dir(config), options.resume, reporter(console))
+    report = reporter(console)
+    if options.recipe is None and options.config is None and not options.resume:
+        report.say(f"recipe: {DEFAULT}, the default")
+    warnings.formatwarning = lambda message, *_, **__: f"granet: warning: {message}\n"
+    summary = train(config, options.run_dir, options.resume, report)
     console.print(summary_text(summary), highlight=False, soft_wrap=True)
 
 
 def summary_text(summary: dict[str, Any]) -> str:
     """What a finished run has come to, in a few lines."""
+    units = ""
+    if summary["unit_sparsity"] != summary["sparsity"]:
+        units = f" ({summary['unit_sparsity']:.4%} of the units of sparsity)"
     lines = [
         f"test accuracy    {summary['test_accuracy']:.2%} (last epoch)",
-        f"sparsity         {summary['sparsity']:.4%}: exactly {summary['nnz']:,} of {summary['numel']:,} weights kept",
+        f"sparsity         {summary['sparsity']:.4%}: exactly {summary['nnz']:,} of {summary['numel']:,} weights kept"
+        + units,
         f"FLOPs            inference {summary['test_flops_ratio']:.1%}, training {summary['train_flops_ratio']:.1%}"
         " of the dense network's",
         f"speed            {summary['images_per_second']:,.0f} images/s, {summary['seconds']:.1f} s in all",
@@ -210,7 +222,7 @@ def _doctor(words: list[str]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in found.layers:
         shares = (
-            ("dense: " + layer.problem, "")
+            ("does not fit, exclude it: " + layer.problem, "")
             if layer.problem is not None
             else tuple("-" if share is None else f"{share:.2%}" for share in (layer.erk, layer.uniform))
         )
@@ -246,7 +258,7 @@ def _describe(error: OSError) -> str:
         return str(error)
     place = f" {error.filename}" if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    advice = "; nothing is half-written, the last good checkpoint is intact" if full else ""
+    advice = "; nothing is half-written, checkpoints written before are intact" if full else ""
     return f"{error.strerror}{':' if place else ''}{place}{advice}"
 
 

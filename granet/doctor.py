@@ -10,9 +10,10 @@ from torch import nn
 from granet import granularity as granularities
 from granet.convert import sparse_weights, sparsify
 from granet.distribution import layer_counts
-from granet.flops import layer_macs, test_flops_ratio
+from granet.flops import test_flops_ratio
 from granet.granularity import Granularity
 from granet.models import create_model
+from granet.session import image_macs
 
 _DIGITS, _CIFAR, _IMAGENET = (1, 8, 8), (3, 32, 32), (3, 224, 224)
 _IMAGE_SHAPES = {"mlp": _DIGITS, "digits-cnn": _DIGITS, "vgg19": _CIFAR, "resnet20": _CIFAR, "resnet56": _CIFAR}
@@ -86,7 +87,7 @@ def examine(
     unit = granularities.parse(granularity)
     with torch.random.fork_rng(devices=[]):
         model = create_model(model_name, num_classes, shape[0], image_size=shape[1])
-    macs = layer_macs(model, shape)
+    macs = image_macs(model, model_name, shape)
     sparsify(model)
     weights = {name: tuple(owner.weight.shape) for name, owner in sparse_weights(model).items()}
     problems = {name: _problem(unit, weight) for name, weight in weights.items()}

@@ -48,16 +48,20 @@ def parse_config(arguments: list[str], base: Path | None = None) -> TrainConfig:
         UsageError: an unknown option, an unknown class, or a value that does not fit; with the nearest name.
     """
     parser = build_parser()
-    given = _with_lists([_with_underscores(argument) for argument in arguments])
+    given = _with_names(_with_lists([_with_underscores(argument) for argument in arguments]))
     document = _with_choices({} if base is None else _read_document(base), given)
     given = ["--config", yaml.safe_dump(document), *given]
     try:
         # The parser also prints what it raises.
         with contextlib.redirect_stderr(io.StringIO()):
             values = parser.instantiate(parser.parse_args(given))
-        return TrainConfig(**{item.name: values[item.name] for item in dataclasses.fields(TrainConfig)})
+        config = TrainConfig(**{item.name: values[item.name] for item in dataclasses.fields(TrainConfig)})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(_explain(str(error), given)) from None
+    if config.data.root is None:
+        return config
+    root = str(Path(config.data.root).expanduser().absolute())  # a run may be resumed from another folder
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root))
 
 
 def train_help(own: argparse.ArgumentParser) -> str:
@@ -94,9 +98,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise UsageError(f"{path}: expected fields with values, got {type(document).__name__}")
+        raise UsageError(f"expected fields with values, got {type(document).__name__}")
     return document
 
 
@@ -121,6 +125,20 @@ def _with_underscores(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _with_names(arguments: list[str]) -> list[str]:
+    """The arguments with the names of classes (--method rigl) in their right case."""
+    result = list(arguments)
+    for key, base in _CHOICES.items():
+        names = {name.lower(): name for name in subclasses(base)}
+        for index, argument in enumerate(arguments):
+            if argument.startswith(f"--{key}="):
+                value = argument.partition("=")[2]
+                result[index] = f"--{key}={names.get(value.lower(), value)}"
+            elif index and arguments[index - 1] == f"--{key}":
+                result[index] = names.get(argument.lower(), argument)
+    return result
 
 
 def _with_lists(arguments: list[str]) -> list[str]:
@@ -153,7 +171,10 @@ def _explain(message: str, given: list[str]) -> str:
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         name = unknown[1].split("=")[0]
-        return f"unknown option --{name}{suggestion(name, _option_names())}"
+        parts = [option for option in _option_names() if option.endswith(f".{name}")]
+        return f"unknown option --{name}" + (
+            f"; did you mean {parts[0]}?" if parts else suggestion(name, _option_names())
+        )
     key = re.search(r'[Pp]arser key "(\w+)"', message)
     refused = re.search(r"Option '([\w.]+)' is not accepted", message)
     if refused and key and key[1] in _CHOICES:
@@ -173,6 +194,10 @@ def _explain(message: str, given: list[str]) -> str:
 def _shortened(message: str) -> str:
     """The parser's message on a value of the wrong type, in the form of our own errors."""
     message = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", message)
+    message = re.sub(r"^(\w+): Problem with given class_path '[^']*': Parser key \"(\w+)\": ", r"\1.\2: ", message)
+    literal = re.match(r"([\w.]+): Expected a typing.Literal\[(.*?)\]\. Got value: (.*)", message)
+    if literal:
+        return f"{literal[1]}: expected {literal[2].replace(', ', ' or ')}, got {literal[3]!r}"
     message = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, got '\2'", message)
     union = re.fullmatch(r"([\w.]+): Does not validate .*?Subtypes: \[(.*?)\] .*Given value: (.*)", message)
     if union:

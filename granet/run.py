@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import io
 import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,12 @@ from granet.config import TrainConfig, config_dict, config_yaml, differences
 from granet.files import write_atomically, write_text_atomically
 from granet.options import load_config
 
-# What a resumed run may be given anew: none of it changes the results.
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+# What a resumed run may be given anew: where and how it runs. (Another device or number of threads rounds differently.)
 _FREE = ("device", "threads", "checkpoint_every", "log", "data.root", "data.download", "data.workers")
 
 LAST, BEST = "model", "best"  # names of weights: LAST.safetensors and LAST-masks.safetensors
@@ -46,15 +54,18 @@ TIME_COLUMNS = ("images_per_second", "seconds")
 Row = dict[str, Any]
 
 
-def new_run_dir(config: TrainConfig, parent: Path = Path("runs")) -> Path:
-    """A folder name that is not taken: date, time, model, data set and method."""
+def new_run_folder(config: TrainConfig, parent: Path = Path("runs")) -> RunFolder:
+    """Make a folder that no other run has, named after date, time, model, data set and method."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     base = f"{stamp}-{config.model.replace('/', '-')}-{config.data.name}-{type(config.method).__name__.lower()}"
-    folder, number = parent / base, 1
-    while folder.exists():
-        number += 1
-        folder = parent / f"{base}-{number}"
-    return folder
+    path, number = parent / base, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return RunFolder(path)
+        except FileExistsError:
+            number += 1
+            path = parent / f"{base}-{number}"
 
 
 def check_resumable(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:
@@ -103,8 +114,28 @@ class RunFolder:
                 f"{self.path} already holds a run; add --resume to continue it, or name another folder"
             )
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training in this folder, which is made where it does not exist.
+
+        Raises:
+            FileExistsError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:  # no such locks on this system
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise FileExistsError(f"another process is training in {self.path}") from None
+        finally:
+            os.close(descriptor)
+
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, which then holds the configuration and nothing else."""
+        """Write the configuration into the folder, which is then a run's."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.config_path, config_yaml(config))
 
@@ -174,7 +205,13 @@ class RunFolder:
 
     def load_summary(self) -> Row | None:
         """The results of a finished run, else None."""
-        return json.loads(self.summary_path.read_text()) if self.summary_path.exists() else None
+        if not self.summary_path.exists():
+            return None
+        try:
+            summary: Row = json.loads(self.summary_path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{self.summary_path} is damaged ({error}): delete it and resume the run") from None
+        return summary
 
 
 def table_csv(rows: list[Row], columns: tuple[str, ...]) -> str:
@@ -201,7 +238,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: the run has not finished")
+        reason = "the run has not come so far, or had no validation to choose the best weights by"
+        raise FileNotFoundError(f"no weights at {path}: {reason}")
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

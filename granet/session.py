@@ -151,7 +151,7 @@ def build_session(config: TrainConfig) -> Session:
 
     torch.manual_seed(config.seed)
     model = build_model(config, data, device)
-    macs = layer_macs(model, data.image_shape)
+    macs = image_macs(model, config.model, data.image_shape)
     sparsify(model, config.granularity, config.exclude)
     optimizer = build_optimizer(model, config.optimizer)
     sparsifier = Sparsifier(model, optimizer, method, seed=config.seed)
@@ -172,6 +172,19 @@ def build_session(config: TrainConfig) -> Session:
         total_steps=total_steps,
         position=position,
     )
+
+
+def image_macs(model: nn.Module, name: str, image_shape: tuple[int, ...]) -> dict[str, int]:
+    """layer_macs for one image; the first time that a network meets its images.
+
+    Raises:
+        ValueError: it cannot take them.
+    """
+    try:
+        return layer_macs(model, image_shape)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {name!r} cannot take images of {'x'.join(map(str, image_shape))}: {reason}") from None
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:

@@ -99,6 +99,11 @@ class Sparsifier:
         return 1 - self.nnz / self.numel
 
     @property
+    def unit_sparsity(self) -> float:
+        """Fraction of the units that is dropped; what the method aims at. Filters are units of different sizes."""
+        return 1 - sum(layer.kept for layer in self.layers) / sum(layer.units for layer in self.layers)
+
+    @property
     def densities(self) -> dict[str, float]:
         """Fraction of weights kept of each layer, by name."""
         return {layer.name: layer.density for layer in self.layers}

@@ -3,64 +3,79 @@
 from __future__ import annotations
 
 import math
-import platform
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from granet import plots
-from granet.checkpoint import NAME as CHECKPOINT
 from granet.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from granet.config import TrainConfig
-from granet.evaluate import arrange, autocast, dense_model, loss_and_accuracy
+from granet.evaluate import arrange, autocast, loss_and_accuracy
 from granet.interrupt import Interrupted, StopRequest
 from granet.progress import Silent
-from granet.run import BEST, LAST, Row, RunFolder, check_resumable
+from granet.run import BEST, LAST, Row, RunFolder, check_resumable, new_run_folder
 from granet.session import Session, build_session
+from granet.summary import summarise
 from granet.tensorboard import row_writer
 
 
-def train(config: TrainConfig, run_dir: Path, resume: bool = False, report: Silent | None = None) -> Row:
-    """Train one network and leave everything about it in `run_dir`.
+def train(config: TrainConfig, run_dir: Path | None = None, resume: bool = False, report: Silent | None = None) -> Row:
+    """Train one network and leave everything about it in a run folder.
 
-    A resumed run ends bit for bit where it would have ended had it not stopped.
+    A resumed run ends bit for bit where it would have ended had it not stopped, on the same machine and as far as the
+    device's own operations are deterministic (a CPU's are).
 
     Args:
         config: what to train.
-        run_dir: a folder without a run, made where it does not exist; with resume, the run's folder.
+        run_dir: a folder without a run, made where it does not exist; with resume, the run's folder. None makes a new
+            folder under runs/.
         resume: go on from the folder's newest checkpoint, or from the beginning where there is none yet.
         report: shows the progress; nothing is shown by default.
     Returns:
         The content of summary.json.
     Raises:
-        ValueError: the configuration does not fit; the checkpoint is damaged or of another run; the loss is not finite.
-        OSError: data or run folder are missing, the folder is taken, or the disk is full.
+        ValueError: the configuration does not fit; the checkpoint is damaged or of another run; the loss or a weight is
+            not finite.
+        OSError: data or run folder are missing, the folder is taken or in use, or the disk is full.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     began = time.monotonic()
-    folder, report = RunFolder(run_dir), report or Silent()
-    folder.check(config, resume)
-    finished = folder.load_summary()
-    if finished is not None:
-        report.say(f"{folder.path} has finished already")
-        return finished
-    session = build_session(config)
-    log = row_writer(config.log, folder.path)
-    if resume:
-        restore(session, folder, report)
-    else:
-        folder.create(config)
-        report.say(f"run folder: {folder.path}")
-    began -= session.position.seconds
+    report = report or Silent()
+    folder = None if run_dir is None else RunFolder(run_dir)
+    if folder is not None:
+        folder.check(config, resume)
+        finished = folder.load_summary()
+        if finished is not None:
+            report.say(f"{folder.path} has finished already")
+            return finished
+    with StopRequest() as stop:
+        session = build_session(config)
+        folder = new_run_folder(config) if folder is None else folder
+        with folder.held():
+            folder.check(config, resume)
+            if resume:
+                restore(session, folder, report)
+            else:
+                folder.create(config)
+                report.say(f"run folder: {folder.path}")
+            try:
+                return run(session, folder, report, stop, began - session.position.seconds)
+            except KeyboardInterrupt:
+                raise Interrupted(signal.SIGINT, folder.path, saved=False) from None
 
-    at, data, optimizer, scaler = session.position, session.data, session.optimizer, session.scaler
-    with report, StopRequest() as stop:
+
+def run(session: Session, folder: RunFolder, report: Silent, stop: StopRequest, began: float) -> Row:
+    """The training loop: from the session's position to the end of the run."""
+    at, config, data = session.position, session.config, session.data
+    optimizer, scaler = session.optimizer, session.scaler
+    log = row_writer(config.log, folder.path)
+    with report:
         report.start(at.step, session.total_steps, config.epochs)
         while at.epoch < config.epochs:
             session.model.train()
@@ -69,13 +84,13 @@ def train(config: TrainConfig, run_dir: Path, resume: bool = False, report: Sile
             for group in grouped(batches, config.accumulate):
                 set_learning_rate(session)
                 optimizer.zero_grad()
+                examples = sum(len(labels) for _, labels in group)
                 for images, labels in group:
                     with autocast(config, session.device):
                         outputs = session.network(arrange(images, config))
                         loss = F.cross_entropy(outputs, labels, label_smoothing=config.label_smoothing)
-                    scaler.scale(loss / len(group)).backward()
+                    scaler.scale(loss * (len(labels) / examples)).backward()
                     add_sums(at.sums, loss.detach(), outputs.detach(), labels)
-                    at.images += len(labels)
                 if config.clip_grad_norm is not None:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(session.model.parameters(), config.clip_grad_norm)
@@ -84,6 +99,7 @@ def train(config: TrainConfig, run_dir: Path, resume: bool = False, report: Sile
                 scaler.update()
                 at.step += 1
                 at.batch += len(group)
+                at.images += examples
                 report.step(at.epoch, at.step, images_per_second(session, clock), session.sparsifier.sparsity)
                 if stop.signum is not None or (config.checkpoint_every and at.step % config.checkpoint_every == 0):
                     clock.add_to(session)
@@ -97,7 +113,7 @@ def train(config: TrainConfig, run_dir: Path, resume: bool = False, report: Sile
             log(at.rows[-1])
             if stop.signum is not None and at.epoch < config.epochs:
                 raise Interrupted(stop.signum, folder.path)
-    return finish(session, folder, began)
+        return finish(session, folder, report, began)
 
 
 class Clock:
@@ -161,20 +177,29 @@ def restore(session: Session, folder: RunFolder, report: Silent) -> None:
 
 
 def save(session: Session, folder: RunFolder, began: float) -> None:
-    """Write a checkpoint."""
+    """Write a checkpoint, unless the run has come to nothing: the good ones must not be replaced by that."""
+    check_finite(session)
     session.position.seconds = time.monotonic() - began
     save_checkpoint(folder.path, session.state_dict())
+
+
+def check_finite(session: Session) -> None:
+    """Raise ValueError if the training loss or a weight is NaN or infinite."""
+    loss = session.position.sums[0].item()
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in session.model.parameters()])
+    if not math.isfinite(loss) or not bool(finite.all()):
+        what = "training loss" if not math.isfinite(loss) else "network has a weight that"
+        raise ValueError(
+            f"the {what} is not finite in epoch {session.position.epoch + 1}, step {session.position.step}; "
+            "lower optimizer.lr, lengthen lr_schedule.warmup or set clip_grad_norm"
+        )
 
 
 def finish_epoch(session: Session, folder: RunFolder, began: float) -> None:
     """Evaluate, note the epoch's row, keep the best weights, save, and move on to the next epoch."""
     at = session.position
+    check_finite(session)
     loss, correct, examples = at.sums.tolist()
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the training loss became {loss / examples} in epoch {at.epoch + 1}; "
-            "lower optimizer.lr, lengthen lr_schedule.warmup or set clip_grad_norm"
-        )
     validation: tuple[float | None, float | None] = (None, None)
     if session.data.validation is not None:
         session.model.eval()
@@ -218,65 +243,17 @@ def write_weights(session: Session, folder: RunFolder, name: str) -> None:
     folder.write_masks(f"{name}-masks.safetensors", session.masks())
 
 
-def finish(session: Session, folder: RunFolder, began: float) -> Row:
+def finish(session: Session, folder: RunFolder, report: Silent, began: float) -> Row:
     """Look at the test set, once, and write the weights, table, plots and summary."""
+    if not session.has_final_sparsity:
+        report.say(
+            f"loss scaling skipped {session.total_steps - session.sparsifier.step} of {session.total_steps} steps, and"
+            f" with them the last updates: the sparsity is {session.sparsifier.sparsity:.4%}. Let the method end"
+            " earlier (method.prune_until) or train longer"
+        )
     write_weights(session, folder, LAST)
     folder.write_layers(session.sparsifier.table())
     plots.plot_run(folder)
     summary = summarise(session, folder, began)
     folder.write_summary(summary)
     return summary
-
-
-def summarise(session: Session, folder: RunFolder, began: float) -> Row:
-    """The content of summary.json."""
-    at, config, sparsifier = session.position, session.config, session.sparsifier
-    session.model.eval()
-    test_loss, test_accuracy = loss_and_accuracy(session.network, session.data.test, config)
-    return {
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
-        **best_results(session, folder, test_accuracy),
-        "sparsity": sparsifier.sparsity,
-        "nnz": sparsifier.nnz,
-        "numel": sparsifier.numel,
-        "exploration": sparsifier.exploration if session.method.records_exploration else None,
-        "test_flops_ratio": session.meter.test_ratio,
-        "train_flops_ratio": session.meter.train_ratio,
-        "images_per_second": at.images / max(at.train_seconds, 1e-9),
-        "seconds": time.monotonic() - began,
-        "checkpoint_bytes": (folder.path / CHECKPOINT).stat().st_size,
-        "epochs": config.epochs,
-        "steps": at.step,
-        "model": config.model,
-        "data": config.data.name,
-        "method": type(config.method).__name__,
-        "seed": config.seed,
-        "device": device_name(session.device),
-        "torch": torch.__version__,
-        "last": at.rows[-1],
-    }
-
-
-def best_results(session: Session, folder: RunFolder, last_test_accuracy: float) -> dict[str, Any]:
-    """Epoch, validation and test accuracy of the weights that validation prefers; without validation, all None."""
-    best = session.position.best
-    if best is None:
-        return {"best_epoch": None, "best_validation_accuracy": None, "best_test_accuracy": None}
-    accuracy = last_test_accuracy
-    if best["epoch"] < session.config.epochs:
-        state = folder.load_weights(f"{BEST}.safetensors")
-        model = dense_model(session.config, session.data, state, session.device)
-        _, accuracy = loss_and_accuracy(model, session.data.test, session.config)
-    return {
-        "best_epoch": best["epoch"],
-        "best_validation_accuracy": best["validation_accuracy"],
-        "best_test_accuracy": accuracy,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The hardware that trained, for the record."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

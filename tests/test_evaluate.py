@@ -53,7 +53,7 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
 
 def test_unfinished_run_is_refused(tmp_path):
     RunFolder(tmp_path).create(small_config())
-    with pytest.raises(FileNotFoundError, match="the run has not finished"):
+    with pytest.raises(FileNotFoundError, match="the run has not come so far"):
         evaluate_run(tmp_path)
 
 

@@ -7,7 +7,7 @@ from training_support import small_config
 from granet import run as run_module
 from granet.checkpoint import CheckpointError
 from granet.config import config_dict
-from granet.run import COLUMNS, RunFolder, check_resumable, new_run_dir, table_csv
+from granet.run import COLUMNS, RunFolder, check_resumable, new_run_folder, table_csv
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 3, 3, 3)], ids=str)
@@ -44,7 +44,7 @@ def test_damaged_weights_are_named(tmp_path):
     (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:200])
     with pytest.raises(CheckpointError, match="w are damaged"):
         folder.load_weights("w")
-    with pytest.raises(FileNotFoundError, match="the run has not finished"):
+    with pytest.raises(FileNotFoundError, match="the run has not come so far"):
         folder.load_weights("missing")
 
 
@@ -70,9 +70,7 @@ def test_new_folders_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.datetime, "datetime", Clock)
     names = []
     for _ in range(3):
-        folder = new_run_dir(small_config(model="torchvision/vgg19"), tmp_path)
-        folder.mkdir()
-        names.append(folder.name)
+        names.append(new_run_folder(small_config(model="torchvision/vgg19"), tmp_path).path.name)
     base = "20240506-070809-torchvision-vgg19-digits-granet"
     assert names == [base, f"{base}-2", f"{base}-3"]
 
@@ -82,3 +80,18 @@ def test_settings_that_change_no_result_may_differ(tmp_path):
     check_resumable(saved, small_config(threads=2, checkpoint_every=7, log=["tensorboard"], device="auto"), tmp_path)
     with pytest.raises(CheckpointError, match=r"seed: 0 -> 1; .*|differs in seed: 0 -> 1"):
         check_resumable(saved, small_config(seed=1), tmp_path)
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.held(), pytest.raises(FileExistsError, match="another process is training in"), folder.held():
+        pass
+    with folder.held():
+        pass
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.summary_path.write_text('{"test_accuracy": 0.')
+    with pytest.raises(CheckpointError, match=r"summary.json is damaged .*: delete it and resume the run"):
+        folder.load_summary()

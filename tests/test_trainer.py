@@ -13,12 +13,14 @@ from torch import nn
 from training_support import assert_same_end, metrics, small_config
 
 from granet import run as run_module
+from granet import trainer as trainer_module
 from granet.checkpoint import NAME, PREVIOUS_NAME, CheckpointError, load_checkpoint
 from granet.config import SGD, AdamW, Linear, Step
 from granet.data import DataConfig
 from granet.interrupt import Interrupted
 from granet.methods import GMP, ITOP, SET, GraNet, RigL, Static
 from granet.models import create_model
+from granet.options import parse_config
 from granet.progress import Silent
 from granet.run import COLUMNS, RunFolder
 from granet.trainer import train
@@ -239,7 +241,7 @@ def test_full_disk_leaves_what_was_written_whole(finished, tmp_path, monkeypatch
 
 def test_infinite_loss_is_an_error(tmp_path):
     config = small_config(optimizer=SGD(lr=1e30), method=Static(sparsity=0.5))
-    with pytest.raises(ValueError, match=r"training loss became (nan|inf) in epoch 1"):
+    with pytest.raises(ValueError, match=r"the training loss is not finite in epoch 1, step"):
         train(config, tmp_path / "run")
 
 
@@ -283,3 +285,81 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     one, four = (RunFolder(tmp_path / name).load_weights("model.safetensors") for name in ("one", "four"))
     weights = [name for name, value in one.items() if value.dim() == 2]
     assert all(torch.allclose(one[name], four[name], atol=1e-4) for name in weights)
+
+
+def test_checkpoints_are_not_replaced_by_a_network_that_is_not_finite(tmp_path, monkeypatch):
+    steps = []
+
+    def poison(session):
+        steps.append(1)
+        if len(steps) == 5:
+            with torch.no_grad():
+                next(session.model.parameters()).view(-1)[0] = float("nan")
+        real(session)
+
+    real = trainer_module.set_learning_rate
+    monkeypatch.setattr(trainer_module, "set_learning_rate", poison)
+    with pytest.raises(ValueError, match="not finite in epoch 1, step 5"):
+        train(small_config(checkpoint_every=1), tmp_path)
+    assert load_checkpoint(tmp_path / NAME)["position"]["step"] == 4
+    monkeypatch.undo()
+    train(small_config(checkpoint_every=1), tmp_path, resume=True)
+
+
+def test_a_run_whose_last_updates_were_skipped_says_so(tmp_path, monkeypatch):
+    class Overflowing(torch.amp.GradScaler):
+        skips = 3
+
+        def step(self, optimizer, *args, **kwargs):
+            if self.skips:
+                self.skips -= 1
+                return None
+            return optimizer.step()
+
+        def update(self, new_scale=None):
+            pass
+
+    said = []
+
+    class Report(Silent):
+        def say(self, text):
+            said.append(text)
+
+    real = trainer_module.build_session
+
+    def build(config):
+        session = real(config)
+        session.scaler = Overflowing("cpu", init_scale=1.0)
+        return session
+
+    monkeypatch.setattr(trainer_module, "build_session", build)
+    method = GraNet(initial_sparsity=0.2, sparsity=0.8, update_every=2, prune_until=1.0)
+    summary = train(small_config(method=method), tmp_path, report=Report())
+    assert summary["sparsity"] < 0.8
+    assert "loss scaling skipped 3 of 12 steps" in said[-1]
+
+
+def test_a_relative_root_is_kept_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(["--data.name", "npz", "--data.root", "small.npz"])
+    assert config.data.root == str(tmp_path / "small.npz")
+
+
+def test_a_short_micro_batch_weighs_as_little_as_it_holds(tmp_path):
+    # 1298 examples in batches of 256: the last of each epoch holds 18. As one group of 6, or as one batch.
+    data = DataConfig(name="digits", validation=0.1, augment=False)
+    same = {"epochs": 1, "method": Static(sparsity=0.5), "optimizer": SGD(lr=0.1), "data": data}
+    together = small_config(batch_size=1298, **same)
+    parts = small_config(batch_size=256, accumulate=6, **same)
+    for config in (together, parts):
+        train(config, tmp_path / str(config.accumulate))
+    weights = [RunFolder(tmp_path / name).load_weights("model.safetensors") for name in ("1", "6")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_units_of_different_sizes_have_a_sparsity_of_their_own(tmp_path):
+    method = Static(sparsity=0.5)
+    summary = train(small_config(epochs=1, granularity="filter", method=method), tmp_path)
+    assert summary["unit_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert summary["unit_sparsity"] != summary["sparsity"]

@@ -140,7 +140,11 @@ class Method:
             raise ValueError(f"{self.name}.total_steps: expected the optimizer steps of the whole run, got None")
         steps = resolve_time(getattr(self, field), self.total_steps, self.steps_per_epoch, f"{self.name}.{field}")
         if steps < least:
-            self.reject(field, f"{least} steps or more")
+            value = getattr(self, field)
+            part = isinstance(value, float) or (isinstance(value, str) and value.strip().endswith("%"))
+            if not part or not float(str(value).strip().rstrip("%")) > 0:
+                self.reject(field, f"{least} steps or more")
+            steps = least  # a part of a run too short for it
         return steps
 
 
@@ -194,7 +198,7 @@ class Gradual(Periodic):
 
     @cached_property
     def _end(self) -> int:
-        return self.resolve("prune_until")
+        return self.resolve("prune_until", least=0 if self.initial_sparsity == self.sparsity else 1)
 
     def sparsity_at(self, step: int) -> float:
         return cubic_sparsity(step, self._begin, self._end, self.initial_sparsity, self.sparsity)

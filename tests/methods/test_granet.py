@@ -125,6 +125,12 @@ def test_a_prune_end_between_two_updates_gets_a_pruning_of_its_own():
     assert method.sparsity_at(5) == 0.9
 
 
+def test_a_part_of_a_very_short_run_is_at_least_one_step():
+    method = GraNet(sparsity=0.9, update_every="2%", prune_until="50%", total_steps=1)
+    method.check_times()
+    assert [step for step in range(3) if method.prunes(step)] == [1]
+
+
 def test_neuroregeneration_ratio_is_the_paper_s_cosine():
     method = GraNet(total_steps=1000)
     assert [method.ratio_at(step) for step in (0, 500, 1000)] == pytest.approx([0.5, 0.2525, 0.005])
@@ -160,9 +166,10 @@ def test_settings_out_of_range_are_refused(settings, message):
         ({}, "GraNet.total_steps: expected the optimizer steps of the whole run, got None"),
         (
             {"total_steps": 10, "update_every": 2, "prune_until": 0},
-            "GraNet.prune_until: expected a time after prune_from",
+            "GraNet.prune_until: expected 1 steps or more, got 0",
         ),
         ({"total_steps": 10, "update_every": 0}, "GraNet.update_every: expected 1 steps or more, got 0"),
+        ({"total_steps": 10, "update_every": "0%"}, "GraNet.update_every: expected 1 steps or more, got '0%'"),
         ({"total_steps": 10, "update_every": 11}, "GraNet.update_every: expected a time within the run of 10 steps"),
         ({"total_steps": 10, "update_every": "1 epochs"}, "GraNet.update_every: expected steps_per_epoch"),
     ],
