@@ -7,6 +7,21 @@ import pytest
 from granet.interrupt import StopRequest
 
 
+@pytest.fixture(autouse=True)
+def usual_ctrl_c():
+    """Python's own handler, even where the tests run in a background job, for which shells ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum is None
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_is_noted(signum):
     before = signal.getsignal(signum)
