@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 from granet import masked, modules
 from granet.granularity import Granularity, Unstructured, parse
 from granet.modules import SPARSE_CLASS, SparseLayer
+from granet.names import suggestion
 
 Exclude = str | type[nn.Module]
 
@@ -26,15 +26,13 @@ def sparsify(
     nn.Linear and nn.Conv2d become SparseLinear and SparseConv2d: the same objects with the same Parameters and
     state_dict keys. The weights of nn.MultiheadAttention, of other convolutions and of subclasses of these layers are
     declared too; they keep their dense products and get a masked gradient. Until a Sparsifier binds them, all compute
-    what they did.
+    what they did. A layer that is sparse already gets the new granularity, or is left as it is where it is excluded.
 
     Args:
         model: any module; may be a single layer.
         granularity: "unstructured", "block:ROWSxCOLS", "N:M", "filter", or a Granularity.
         exclude: layers that stay dense: names ("classifier" takes in "classifier.0"), globs ("*.downsample.0") or
             module types.
-
-    A layer that is sparse already gets the new granularity, or is left as it is where it is excluded.
 
     Returns:
         `model`.
@@ -107,11 +105,8 @@ def _check_patterns(model: nn.Module, patterns: list[Exclude]) -> None:
         if not isinstance(pattern, str | type):
             raise ValueError(f"exclude: expected names, globs or module types, got {pattern!r}")
         if not any(_excluded(name, module, pattern) for name, module in candidates):
-            near = difflib.get_close_matches(str(pattern), [name for name, _ in candidates])
-            raise ValueError(
-                f"exclude: {pattern!r} matches no Linear or Conv layer"
-                + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
-            )
+            hint = suggestion(str(pattern), [name for name, _ in candidates])
+            raise ValueError(f"exclude: {pattern!r} matches no Linear or Conv layer{hint}")
 
 
 def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:

@@ -6,10 +6,11 @@ sum is exact.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+
+from granet.names import suggestion
 
 DISTRIBUTIONS = ("uniform", "er", "erk")
 
@@ -96,8 +97,7 @@ def capped_uniform_counts(units: Sequence[int], sparsity: float, caps: Sequence[
 def _density_weights(name: str, shapes: Sequence[Sequence[int]]) -> list[Fraction]:
     """What each layer's density is proportional to."""
     if name not in DISTRIBUTIONS:
-        nearest = difflib.get_close_matches(str(name), DISTRIBUTIONS, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        hint = suggestion(str(name), DISTRIBUTIONS)
         raise ValueError(f"expected a distribution of {', '.join(DISTRIBUTIONS)}, got {name!r}{hint}")
     for shape in shapes:
         if len(shape) < 2 or min(shape) < 1:

@@ -7,7 +7,6 @@ masks expand from units.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from granet.names import suggestion
 
 _INF_BITS = 0x7F800000
 _MAX_BITS = 0x7F7FFFFF
@@ -267,8 +268,7 @@ def parse(spec: str | Granularity) -> Granularity:
         return Block(int(match[1]), int(match[2] or match[1]))
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
-    nearest = difflib.get_close_matches(text, ["unstructured", "filter", "block:64x64", "2:4"], n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    hint = suggestion(text, ["unstructured", "filter", "block:64x64", "2:4"])
     raise ValueError(f"expected a granularity 'unstructured', 'block:ROWSxCOLS', 'N:M' or 'filter', got {spec!r}{hint}")
 
 

@@ -82,7 +82,7 @@ def bound():
         (
             Net(),
             {"exclude": "clasifier.1"},
-            "'clasifier.1' matches no Linear or Conv layer; did you mean 'classifier.1'",
+            "'clasifier.1' matches no Linear or Conv layer; did you mean classifier.1",
         ),
         (Net(), {"exclude": [3]}, "exclude: expected names, globs or module types, got 3"),
         (Net(), {"granularity": "block:16x16"}, r"layer 'features.0' \(Conv2d\): .*16"),

@@ -175,7 +175,7 @@ def test_sparsity_out_of_range(sparsity: float) -> None:
 @pytest.mark.parametrize(
     ("name", "shapes", "units", "sparsity", "message"),
     [
-        ("unifrom", [(2, 5)], [10], 0.5, "got 'unifrom' .did you mean 'uniform'"),
+        ("unifrom", [(2, 5)], [10], 0.5, "got 'unifrom'; did you mean uniform"),
         ("global", [(2, 5)], [10], 0.5, "expected a distribution of uniform, er, erk, got 'global'"),
         ("erk", [], [], 0.5, "one or more layers, got 0 for 0"),
         ("erk", [(2, 5)], [10, 10], 0.5, "got 2 for 1"),

@@ -196,9 +196,9 @@ def test_parse(text: str, granularity: Granularity) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("unstructerd", "got 'unstructerd' .did you mean 'unstructured'"),
-        ("filters", "did you mean 'filter'"),
-        ("block:64by64", "did you mean 'block:64x64'"),
+        ("unstructerd", "got 'unstructerd'; did you mean unstructured"),
+        ("filters", "did you mean filter"),
+        ("block:64by64", "did you mean block:64x64"),
         ("block:0", "positive integers, got 0 x 0"),
         ("4:2", "0 < n < m, got 4:2"),
         ("", "got ''$"),

@@ -117,3 +117,8 @@ def test_unknown_field_in_a_file_names_the_file(tmp_path):
 def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no configuration at"):
         load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("arguments", [["--method", "rigl"], ["--method=RIGL"]])
+def test_the_case_of_a_class_does_not_matter(arguments):
+    assert type(parse_config(arguments).method).__name__ == "RigL"

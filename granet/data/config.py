@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from granet.names import suggestion
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagenet", "npz")
 _DOWNLOADS = ("cifar10", "cifar100", "fashion-mnist")
@@ -36,8 +37,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            near = difflib.get_close_matches(self.name, NAMES, n=2, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = suggestion(self.name, NAMES, most=2)
             raise ValueError(f"unknown data set {self.name!r}{hint} (known: {', '.join(NAMES)})")
         self._check_root()
         self._check_validation()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from granet.methods.base import Exchange, Gradual, Method
 from granet.methods.gmp import GMP
 from granet.methods.granet import GraNet
@@ -20,20 +18,6 @@ def all_methods() -> dict[str, type[Method]]:
     return {method.name: method for method in _METHODS}
 
 
-def get_method(name: str) -> type[Method]:
-    """The method of this name, whatever its case.
-
-    Raises:
-        ValueError: there is none; the nearest names are suggested.
-    """
-    by_lower = {key.lower(): method for key, method in all_methods().items()}
-    if name.lower() not in by_lower:
-        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-        hint = f"did you mean {by_lower[near[0]].name}?" if near else f"there are {', '.join(all_methods())}"
-        raise ValueError(f"unknown method {name!r}: {hint}")
-    return by_lower[name.lower()]
-
-
 __all__ = [
     "GMP",
     "ITOP",
@@ -45,5 +29,4 @@ __all__ = [
     "RigL",
     "Static",
     "all_methods",
-    "get_method",
 ]

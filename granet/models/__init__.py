@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from granet.models.resnet import resnet20, resnet50_cifar, resnet56
 from granet.models.small import digits_cnn, mlp
 from granet.models.vgg import vgg19
+from granet.names import suggestion
 
 __all__ = ["create_model", "model_names"]
 
@@ -102,7 +102,5 @@ def _torchvision_model(name: str, num_classes: int, options: dict[str, Any]) -> 
 
 
 def _unknown(name: str) -> str:
-    names = model_names()
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = suggestion(name, model_names(), most=3)
     return f"unknown model {name!r}{hint} (granet's own: {', '.join(_OWN)}; or any classification model of torchvision)"

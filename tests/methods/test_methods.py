@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import granet
-from granet.methods import GMP, ITOP, SET, RigL, Static, all_methods, get_method
+from granet.methods import GMP, ITOP, SET, RigL, Static, all_methods
 
 
 def make(method, weights=None, names=("a", "b")):
@@ -31,12 +31,6 @@ def test_every_method_says_what_it_is():
         assert method.name == name
         assert all((method.family, method.source, method.summary))
         assert method.source.startswith("arXiv:")
-
-
-def test_a_method_is_found_whatever_its_case_and_a_typo_is_answered():
-    assert get_method("granet").name == "GraNet"
-    with pytest.raises(ValueError, match="unknown method 'RigLL': did you mean RigL"):
-        get_method("RigLL")
 
 
 def test_static_never_changes_its_random_mask():
