@@ -1,0 +1,105 @@
+// What the inner loops look like from outside: one KernelSet an instruction set, chosen at run time.
+//
+// A vector holds `lanes` images (or, for 1 x 1 convolutions, pixels) of one channel and pixel. A tile is a group of
+// th x tw vectors that stay in registers while a row of the sparse weight passes by.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace granet {
+
+// acc[a][b] (+)= sum_j value[j] * source[offset[j] + a * source_pitch + b vectors], for each row of the weight.
+// Offsets and pitches are in bytes. Row r owns the entries [ptr[r], ptr[r + 1]) and writes to out + r * out_row.
+struct TileArgs {
+    const char* source;
+    ptrdiff_t source_pitch;
+    const int32_t* offset;
+    const float* value;
+    const int32_t* ptr;
+    int64_t rows;
+    const float* bias;  // one a row, or NULL
+    bool accumulate;    // start from what `out` holds, not from bias
+    char* out;
+    ptrdiff_t out_row, out_pitch, out_step;  // of a row of the weight, of a, of b
+};
+
+// sum[j] += sum over the tile of gradient[row of j] * source[offset[j]].
+struct DotArgs {
+    const char* source;
+    ptrdiff_t source_pitch;
+    const char* gradient;
+    ptrdiff_t gradient_row, gradient_pitch;  // of a row of the weight, of a
+    const int32_t* offset;
+    const int32_t* ptr;
+    int64_t rows;
+    float* sum;
+};
+
+// Kernels for 3 x 3 convolutions of whole images, `side` pixels wide and high, `groups` vectors a pixel: see whole.inl. Row r
+// owns the entries [ptr[9 r], ptr[9 r + 9]), ordered by tap.
+constexpr int WHOLE_TAPS = 9;
+struct WholeKernel {
+    int side, groups;
+    void (*tile)(const TileArgs&);  // NULL: too few registers
+    void (*dot)(const DotArgs&);
+};
+
+// Moves between images in memory and vectors. `lane` is the distance between images, in floats; `valid` <= lanes.
+//
+// pack_pixels: `count` consecutive pixels of one channel, vector p goes to panel + at[p] bytes (at[p] < 0: nowhere).
+// pack_channels: `count` consecutive channels of one pixel, vector c goes to panel + c * step bytes.
+// next: how far from here, in floats, the run lies that is asked for after this one: it is prefetched.
+// unpack: the way back, `count` consecutive pixels or channels from vectors that lie `step` bytes apart. stream: the
+// images will not be read soon, write them past the cache (and fence).
+// Batch norm, one channel at a time: `runs` images of `count` pixels, `stride` floats apart.
+struct Channel {
+    int64_t runs, stride, count;
+};
+struct NormApply {
+    const float *x, *residual;  // residual: added before the activation, or NULL
+    float* y;
+    float scale, shift;
+    bool relu, stream;
+};
+struct NormGradient {
+    const float *g, *x, *y;  // y: what the activation gave, or NULL: then it is computed again from x
+    float scale, shift, mean;
+    float *dx, *dresidual;  // dresidual may be NULL
+    bool relu, stream;
+};
+
+struct KernelSet {
+    int lanes;
+    int max_tile, max_dot;  // vectors in the largest tile of each kind
+    static constexpr int max_th = 4, max_tw = 28;
+    void (*tiles[max_th][max_tw])(const TileArgs&);  // [th - 1][tw - 1]; NULL: no such tile
+    void (*dots[max_th][max_tw])(const DotArgs&);
+    WholeKernel whole[5];
+    const WholeKernel* find_whole(int64_t side, int groups) const {
+        for (const WholeKernel& each : whole)
+            if (each.side == side && each.groups == groups) return &each;
+        return nullptr;
+    }
+    void (*pack_pixels)(const float* image, ptrdiff_t lane, int valid, int64_t count, ptrdiff_t next, char* panel,
+                        const int32_t* at);
+    void (*pack_channels)(const float* image, ptrdiff_t lane, int valid, int64_t count, ptrdiff_t next, char* panel,
+                          ptrdiff_t step);
+    void (*unpack)(const char* vectors, ptrdiff_t step, float* image, ptrdiff_t lane, int valid, int64_t count,
+                   bool stream);
+    void (*copy)(const char* vectors, float* image, int64_t count, bool stream);  // `count` whole vectors in a row
+    void (*pool)(const float* x, int64_t h, int64_t w, float* y, unsigned char* which);
+    void (*pool_gradient)(const float* g, const unsigned char* which, int64_t h, int64_t w, float* dx);
+    double (*norm_sum)(const Channel&, const float* x);
+    double (*norm_squares)(const Channel&, const float* x, float mean);  // of x - mean
+    void (*norm_apply)(const Channel&, const NormApply&);
+    void (*norm_gradient_sums)(const Channel&, const NormGradient&, double* sum, double* product);
+    void (*norm_gradient_apply)(const Channel&, const NormGradient&, float factor, float offset);
+};
+
+const KernelSet& kernels_portable();
+const KernelSet& kernels_avx2();
+const KernelSet& kernels_avx512();
+const KernelSet& kernels();  // of the instruction set in use
+
+}  // namespace granet

@@ -1,0 +1,99 @@
+// AVX2 with FMA: 8 floats a vector, 16 registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace granet {
+namespace {
+
+constexpr bool STREAMS = false;  // a vector is less than a cache line
+constexpr int LANES = 8, MAX_TILE = 12, MAX_DOT = 8;
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(32)));
+typedef unsigned char ByteVec __attribute__((vector_size(8), aligned(1), may_alias));
+
+inline __m256i first(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline __attribute__((always_inline)) void transpose(const float* in, ptrdiff_t stride, int rows, int columns,
+                                                     Vec (&out)[LANES]) {
+    const __m256i mask = first(columns);
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = i < rows ? _mm256_maskload_ps(in + i * stride, mask) : _mm256_setzero_ps();
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int k = 0; k < 2; ++k) {
+            r[i + 2 * k] = _mm256_shuffle_ps(t[i + k], t[i + k + 2], 0x44);
+            r[i + 2 * k + 1] = _mm256_shuffle_ps(t[i + k], t[i + k + 2], 0xee);
+        }
+    }
+    for (int k = 0; k < 4; ++k) {
+        out[k] = (Vec)_mm256_permute2f128_ps(r[k], r[k + 4], 0x20);
+        out[k + 4] = (Vec)_mm256_permute2f128_ps(r[k], r[k + 4], 0x31);
+    }
+}
+
+inline void store_first(Vec vector, float* out, int count) { _mm256_maskstore_ps(out, first(count), (__m256)vector); }
+
+inline __m256 swap_middle(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+
+inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
+    even = (Vec)swap_middle(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88));
+    odd = (Vec)swap_middle(_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd));
+}
+
+inline void join_pairs(Vec even, Vec odd, Vec& a, Vec& b) {
+    const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd), high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+    a = (Vec)_mm256_permute2f128_ps(low, high, 0x20);
+    b = (Vec)_mm256_permute2f128_ps(low, high, 0x31);
+}
+
+// The sums of four vectors, side by side.
+inline __m128 sums4(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+inline void store_past_cache(Vec, float*) {}
+
+template <int N>
+inline __attribute__((always_inline)) void add_sums(const Vec (&v)[N], float* out) {
+    if constexpr (N == 4) {
+        const __m128 sums = sums4((__m256)v[0], (__m256)v[1], (__m256)v[2], (__m256)v[3]);
+        _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+    } else {
+        // By the same additions, so that a weight's gradient does not depend on where its row begins.
+        const __m256 zero = _mm256_setzero_ps();
+        for (int k = 0; k < N; ++k) out[k] += _mm_cvtss_f32(sums4((__m256)v[k], zero, zero, zero));
+    }
+}
+
+#include "kernels.inl"
+
+}  // namespace
+
+const KernelSet& kernels_avx2() {
+    static const KernelSet set = make_set();
+    return set;
+}
+
+}  // namespace granet
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,48 @@
+// Any CPU: 4 floats a vector, which compilers map to SSE2, NEON or scalar code.
+#include "kernels.h"
+
+namespace granet {
+namespace {
+
+constexpr bool STREAMS = false;  // a vector is less than a cache line
+constexpr int LANES = 4, MAX_TILE = 12, MAX_DOT = 8;
+typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(16)));
+typedef unsigned char ByteVec __attribute__((vector_size(4), aligned(1), may_alias));
+
+inline void transpose(const float* in, ptrdiff_t stride, int rows, int columns, Vec (&out)[LANES]) {
+    for (int p = 0; p < LANES; ++p)
+        for (int i = 0; i < LANES; ++i) out[p][i] = i < rows && p < columns ? in[i * stride + p] : 0.0f;
+}
+
+inline void store_first(Vec vector, float* out, int count) {
+    for (int i = 0; i < count; ++i) out[i] = vector[i];
+}
+
+inline void store_past_cache(Vec, float*) {}
+
+inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
+    even = Vec{a[0], a[2], b[0], b[2]};
+    odd = Vec{a[1], a[3], b[1], b[3]};
+}
+
+inline void join_pairs(Vec even, Vec odd, Vec& a, Vec& b) {
+    a = Vec{even[0], odd[0], even[1], odd[1]};
+    b = Vec{even[2], odd[2], even[3], odd[3]};
+}
+
+template <int N>
+inline void add_sums(const Vec (&v)[N], float* out) {
+    for (int k = 0; k < N; ++k) out[k] += (v[k][0] + v[k][1]) + (v[k][2] + v[k][3]);
+}
+
+#include "kernels.inl"
+
+}  // namespace
+
+const KernelSet& kernels_portable() {
+    static const KernelSet set = make_set();
+    return set;
+}
+
+}  // namespace granet

@@ -1,0 +1,132 @@
+#include "layout.h"
+
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "parallel.h"
+
+namespace granet {
+namespace {
+
+constexpr size_t MAX_TABLES = 6;  // a layer sees few geometries: forward, dgrad, and those of a last, smaller batch
+
+// Appends the numbers of the bytes that are not 0, eight at a time where all are.
+void append_kept(const unsigned char* mask, int64_t count, std::vector<int32_t>& index) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, mask + i, 8);
+        if (word == 0) continue;
+        for (int k = 0; k < 8; ++k)
+            if (mask[i + k]) index.push_back(int32_t(i + k));
+    }
+    for (; i < count; ++i)
+        if (mask[i]) index.push_back(int32_t(i));
+}
+
+void append_kept_strided(const unsigned char* mask, const int64_t shape[4], const int64_t strides[4],
+                         std::vector<int32_t>& index) {
+    int32_t i = 0;
+    for (int64_t c = 0; c < shape[1]; ++c)
+        for (int64_t y = 0; y < shape[2]; ++y)
+            for (int64_t x = 0; x < shape[3]; ++x, ++i)
+                if (mask[c * strides[1] + y * strides[2] + x * strides[3]]) index.push_back(i);
+}
+
+bool rows_contiguous(const int64_t shape[4], const int64_t strides[4]) {
+    int64_t expected = 1;
+    for (int d = 3; d > 0; --d) {
+        if (shape[d] != 1 && strides[d] != expected) return false;
+        expected *= shape[d];
+    }
+    return true;
+}
+
+std::shared_ptr<const Table> make_table(const granet_layout& layout, const Access& access) {
+    const int64_t taps = layout.taps(), outputs = layout.shape[0], inputs = layout.shape[1];
+    auto table = std::make_shared<Table>();
+    table->access = access;
+    table->rows = access.by_output ? outputs : inputs;
+    table->ranks = access.by_tap ? taps : 1;
+    const int64_t sources = access.by_output ? inputs : outputs;
+    table->blocks = (sources + access.block - 1) / access.block;
+
+    const auto for_each = [&](auto&& f) {  // in the order of the mask: within a row of the table, by rising source
+        std::vector<int32_t> channel_of(inputs * taps), tap_of(inputs * taps);
+        for (int64_t c = 0, i = 0; c < inputs; ++c)
+            for (int64_t tap = 0; tap < taps; ++tap, ++i) {
+                channel_of[i] = int32_t(c);
+                tap_of[i] = int32_t(tap);
+            }
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int32_t k = layout.ptr[o]; k < layout.ptr[o + 1]; ++k) {
+                const int32_t c = channel_of[layout.index[k]], tap = tap_of[layout.index[k]];
+                const int64_t row = access.by_output ? o : c, source = access.by_output ? c : o;
+                const int64_t segment = access.phase[tap] * table->blocks + source / access.block;
+                const int64_t rank = access.by_tap ? access.rank[tap] : 0;
+                f((segment * table->rows + row) * table->ranks + rank, source, o, c, tap);
+            }
+    };
+
+    std::vector<int32_t> next(access.phases * table->blocks * table->rows * table->ranks + 1, 0);
+    for_each([&](int64_t slot, int64_t, int64_t, int64_t, int32_t) { ++next[slot + 1]; });
+    for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
+    table->ptr = next;
+    table->offset.resize(layout.nnz());
+    table->position.resize(layout.nnz());
+    for_each([&](int64_t slot, int64_t source, int64_t o, int64_t c, int32_t tap) {
+        const int32_t j = next[slot]++;
+        table->offset[j] = int32_t(source * access.channel_pitch + access.tap_offset[tap]);
+        table->position[j] = int32_t(o * layout.strides[0] + c * layout.strides[1] +
+                                     tap / layout.shape[3] * layout.strides[2] +
+                                     tap % layout.shape[3] * layout.strides[3]);
+    });
+    return table;
+}
+
+}  // namespace
+}  // namespace granet
+
+std::shared_ptr<const granet::Table> granet_layout::table(const granet::Access& access) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& each : tables)
+        if (each->access == access) return each;
+    if (tables.size() == granet::MAX_TABLES) tables.erase(tables.begin());
+    tables.push_back(granet::make_table(*this, access));
+    return tables.back();
+}
+
+granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[4], const int64_t strides[4], int) {
+    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+    const int64_t row = shape[1] * shape[2] * shape[3];
+    if (shape[0] * row >= limit) return nullptr;
+    try {
+        auto layout = std::make_unique<granet_layout>();
+        std::memcpy(layout->shape, shape, sizeof(layout->shape));
+        std::memcpy(layout->strides, strides, sizeof(layout->strides));
+        layout->ptr.push_back(0);
+        const bool contiguous = granet::rows_contiguous(shape, strides);
+        for (int64_t o = 0; o < shape[0]; ++o) {
+            if (contiguous)
+                granet::append_kept(mask + o * strides[0], row, layout->index);
+            else
+                granet::append_kept_strided(mask + o * strides[0], shape, strides, layout->index);
+            layout->ptr.push_back(int32_t(layout->index.size()));
+        }
+        return layout.release();
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+void granet_layout_free(granet_layout* layout) { delete layout; }
+
+int64_t granet_layout_nnz(const granet_layout* layout) { return layout->nnz(); }
+
+int64_t granet_layout_bytes(const granet_layout* layout) {
+    int64_t words = int64_t(layout->ptr.size() + layout->index.size());
+    for (const auto& table : layout->tables)
+        words += int64_t(table->ptr.size() + table->offset.size() + table->position.size());
+    return words * int64_t(sizeof(int32_t));
+}

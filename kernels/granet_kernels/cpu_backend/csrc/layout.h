@@ -1,0 +1,60 @@
+// The index of one mask, and the tables made from it for one geometry.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "granet_cpu.h"
+
+namespace granet {
+
+// How a pass over the weight addresses its source. Equal keys have equal tables.
+//
+// A forward pass walks the weight by output channel (`by_output`), an input gradient by input channel. Each kept weight
+// becomes an entry of the destination phase `phase[tap]`, at byte offset channel * channel_pitch + tap_offset[tap].
+struct Access {
+    bool by_output = true;
+    int phases = 1;
+    int64_t channel_pitch = 0;
+    int64_t block = 0;  // source channels in a block; entries are ordered by phase, block, row
+    std::vector<int32_t> phase, tap_offset;
+    bool by_tap = false;             // entries of a row are ordered by rank[tap], which row_ptr tells apart
+    std::vector<int32_t> rank;
+
+    bool operator==(const Access& o) const {
+        return by_output == o.by_output && phases == o.phases && channel_pitch == o.channel_pitch && block == o.block &&
+               phase == o.phase && tap_offset == o.tap_offset && by_tap == o.by_tap && rank == o.rank;
+    }
+};
+
+// Row r of block b of phase p owns the entries [ptr[0], ptr[1]) with ptr = row_ptr(p, b, r); by tap, those of rank t are
+// [ptr[t], ptr[t + 1]).
+struct Table {
+    Access access;
+    int64_t rows = 0, blocks = 1, ranks = 1;
+    std::vector<int32_t> ptr;
+    std::vector<int32_t> offset;    // bytes into the source
+    std::vector<int32_t> position;  // elements into the weight, by its strides
+
+    const int32_t* row_ptr(int64_t phase, int64_t b, int64_t row) const {
+        return ptr.data() + ((phase * blocks + b) * rows + row) * ranks;
+    }
+    int64_t nnz() const { return int64_t(offset.size()); }
+};
+
+}  // namespace granet
+
+struct granet_layout {
+    int64_t shape[4], strides[4];
+    std::vector<int32_t> ptr;    // (out + 1,)
+    std::vector<int32_t> index;  // channel * taps + tap of each kept weight, row by row, rising
+
+    std::shared_ptr<const granet::Table> table(const granet::Access& access);
+    int64_t taps() const { return shape[2] * shape[3]; }
+    int64_t nnz() const { return int64_t(index.size()); }
+
+    std::mutex mutex;
+    std::vector<std::shared_ptr<const granet::Table>> tables;  // most recently made last
+};

@@ -1,0 +1,176 @@
+// Batch norm of one channel: runs of `count` pixels, `stride` floats apart, one run an image. Included by kernels.inl.
+
+// Sums of vectors are kept in float for one run and in double over the runs, as torch does over everything.
+template <typename Term>
+inline __attribute__((always_inline)) double sum_runs(const Channel& c, const Term& term) {
+    double total = 0;
+    for (int64_t r = 0; r < c.runs; ++r) {
+        const int64_t begin = r * c.stride;
+        Vec acc[4] = {};
+        int64_t i = 0;
+        for (; i + 4 * LANES <= c.count; i += 4 * LANES) {
+            GRANET_UNROLL
+            for (int k = 0; k < 4; ++k) acc[k] += term.vector(begin + i + k * LANES);
+        }
+        for (; i + LANES <= c.count; i += LANES) acc[0] += term.vector(begin + i);
+        const Vec sum = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+        float lanes = 0;
+        for (int k = 0; k < LANES; ++k) lanes += sum[k];
+        for (; i < c.count; ++i) lanes += term.scalar(begin + i);
+        total += double(lanes);
+    }
+    return total;
+}
+
+inline Vec load(const float* p) { return *(const Vec*)p; }
+
+double norm_sum(const Channel& c, const float* x) {
+    struct Term {
+        const float* x;
+        Vec vector(int64_t i) const { return load(x + i); }
+        float scalar(int64_t i) const { return x[i]; }
+    };
+    return sum_runs(c, Term{x});
+}
+
+double norm_squares(const Channel& c, const float* x, float mean) {
+    struct Term {
+        const float* x;
+        float mean;
+        Vec vector(int64_t i) const {
+            const Vec d = load(x + i) - mean;
+            return d * d;
+        }
+        float scalar(int64_t i) const { return (x[i] - mean) * (x[i] - mean); }
+    };
+    return sum_runs(c, Term{x, mean});
+}
+
+// y = act(x * scale + shift + residual)
+template <bool RESIDUAL, bool RELU, typename T>
+inline __attribute__((always_inline)) T norm_value(T x, T residual, float scale, float shift) {
+    T y = x * scale + shift;
+    if constexpr (RESIDUAL) y += residual;
+    if constexpr (RELU) y = y < 0.0f ? T{} : y;  // NaN stays
+    return y;
+}
+
+template <bool RESIDUAL, bool RELU>
+void norm_apply_as(const Channel& c, const NormApply& a) {
+    for (int64_t r = 0; r < c.runs; ++r) {
+        const int64_t begin = r * c.stride;
+        const bool stream = STREAMS && a.stream && (uintptr_t)(a.y + begin) % sizeof(Vec) == 0;
+        int64_t i = begin;
+        for (; i + LANES <= begin + c.count; i += LANES) {
+            const Vec y = norm_value<RESIDUAL, RELU>(load(a.x + i), RESIDUAL ? load(a.residual + i) : Vec{}, a.scale,
+                                                     a.shift);
+            if (stream)
+                store_past_cache(y, a.y + i);
+            else
+                *(Vec*)(a.y + i) = y;
+        }
+        for (; i < begin + c.count; ++i)
+            a.y[i] = norm_value<RESIDUAL, RELU>(a.x[i], RESIDUAL ? a.residual[i] : 0.0f, a.scale, a.shift);
+    }
+}
+
+void norm_apply(const Channel& c, const NormApply& a) {
+    if (a.residual)
+        a.relu ? norm_apply_as<true, true>(c, a) : norm_apply_as<true, false>(c, a);
+    else
+        a.relu ? norm_apply_as<false, true>(c, a) : norm_apply_as<false, false>(c, a);
+}
+
+// The gradient behind the activation: where `out`, the value that it was given or gave, is positive. NaN passes.
+enum class Gate { none, input, output };
+
+template <Gate GATE>
+struct GatedGradient {
+    const NormGradient& a;
+    Vec vector(int64_t i) const {
+        const Vec g = load(a.g + i);
+        if constexpr (GATE == Gate::none) return g;
+        const Vec out = GATE == Gate::output ? load(a.y + i) : load(a.x + i) * a.scale + a.shift;
+        return out <= 0.0f ? Vec{} : g;
+    }
+    float scalar(int64_t i) const {
+        if constexpr (GATE == Gate::none) return a.g[i];
+        const float out = GATE == Gate::output ? a.y[i] : a.x[i] * a.scale + a.shift;
+        return out <= 0.0f ? 0.0f : a.g[i];
+    }
+};
+
+// The sums of g and of g * (x - mean), in one pass.
+template <Gate GATE>
+void norm_gradient_sums_as(const Channel& c, const NormGradient& a, double* sum, double* product) {
+    const GatedGradient<GATE> gate{a};
+    double totals[2] = {0, 0};
+    for (int64_t r = 0; r < c.runs; ++r) {
+        const int64_t begin = r * c.stride;
+        Vec sums[2] = {}, products[2] = {};
+        int64_t i = 0;
+        for (; i + 2 * LANES <= c.count; i += 2 * LANES) {
+            GRANET_UNROLL
+            for (int k = 0; k < 2; ++k) {
+                const Vec g = gate.vector(begin + i + k * LANES);
+                sums[k] += g;
+                products[k] += g * (load(a.x + begin + i + k * LANES) - a.mean);
+            }
+        }
+        for (; i + LANES <= c.count; i += LANES) {
+            const Vec g = gate.vector(begin + i);
+            sums[0] += g;
+            products[0] += g * (load(a.x + begin + i) - a.mean);
+        }
+        const Vec s = sums[0] + sums[1], p = products[0] + products[1];
+        float lanes[2] = {0, 0};
+        for (int k = 0; k < LANES; ++k) {
+            lanes[0] += s[k];
+            lanes[1] += p[k];
+        }
+        for (; i < c.count; ++i) {
+            const float g = gate.scalar(begin + i);
+            lanes[0] += g;
+            lanes[1] += g * (a.x[begin + i] - a.mean);
+        }
+        totals[0] += double(lanes[0]);
+        totals[1] += double(lanes[1]);
+    }
+    *sum = totals[0];
+    *product = totals[1];
+}
+
+// dx = g * scale + x * factor + offset, and the gradient of what was added before the activation.
+template <Gate GATE>
+void norm_gradient_apply_as(const Channel& c, const NormGradient& a, float factor, float offset) {
+    const GatedGradient<GATE> gate{a};
+    for (int64_t r = 0; r < c.runs; ++r) {
+        const int64_t begin = r * c.stride, end = begin + c.count;
+        const bool stream = STREAMS && a.stream && (uintptr_t)(a.dx + begin) % sizeof(Vec) == 0;
+        int64_t i = begin;
+        for (; i + LANES <= end; i += LANES) {
+            const Vec g = gate.vector(i), dx = g * a.scale + (load(a.x + i) * factor + offset);
+            if (stream)
+                store_past_cache(dx, a.dx + i);
+            else
+                *(Vec*)(a.dx + i) = dx;
+            if (a.dresidual) *(Vec*)(a.dresidual + i) = g;
+        }
+        for (; i < end; ++i) {
+            const float g = gate.scalar(i);
+            a.dx[i] = g * a.scale + (a.x[i] * factor + offset);
+            if (a.dresidual) a.dresidual[i] = g;
+        }
+    }
+}
+
+void norm_gradient_sums(const Channel& c, const NormGradient& a, double* sum, double* product) {
+    if (!a.relu) return norm_gradient_sums_as<Gate::none>(c, a, sum, product);
+    a.y ? norm_gradient_sums_as<Gate::output>(c, a, sum, product) : norm_gradient_sums_as<Gate::input>(c, a, sum, product);
+}
+
+void norm_gradient_apply(const Channel& c, const NormGradient& a, float factor, float offset) {
+    if (!a.relu) return norm_gradient_apply_as<Gate::none>(c, a, factor, offset);
+    a.y ? norm_gradient_apply_as<Gate::output>(c, a, factor, offset)
+        : norm_gradient_apply_as<Gate::input>(c, a, factor, offset);
+}
