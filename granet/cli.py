@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -20,6 +20,9 @@ from granet.interrupt import Interrupted
 from granet.names import UsageError, suggestion
 from granet.options import parse_config, train_help
 from granet.recipes import DEFAULT, recipe_names, recipe_path, recipe_title
+
+if TYPE_CHECKING:
+    from granet.speed import LayerSpeed
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 
@@ -212,14 +215,23 @@ def _doctor(words: list[str]) -> None:
     parser.add_argument("--num-classes", "--num_classes", type=int, default=10)
     parser.add_argument("--sparsity", type=float, default=0.9, help="for the preview of the distributions")
     parser.add_argument("--granularity", default="unstructured", help="unstructured, block:64x32, 2:4 or filter")
+    parser.add_argument("--batch", type=int, default=128, help="images of one batch, for the times")
+    parser.add_argument(
+        "--no-measure", "--no_measure", action="store_true", help="leave out the times: seconds to minutes"
+    )
     options = parser.parse_args(words)
     from granet.doctor import examine
 
-    found = examine(options.model, options.input, options.num_classes, options.sparsity, options.granularity)
+    batch = None if options.no_measure else options.batch
+    found = examine(options.model, options.input, options.num_classes, options.sparsity, options.granularity, batch)
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     for column in ("shape", "weights", "MACs", "kept by ERK", "kept by uniform"):
         table.add_column(column, justify="right", no_wrap=True)
+    if batch is not None:
+        table.add_column("runs", no_wrap=True)
+        for column in ("speed-up", "wins from"):
+            table.add_column(column, justify="right", no_wrap=True)
     for layer in found.layers:
         shares = (
             ("does not fit, exclude it: " + layer.problem, "")
@@ -227,7 +239,8 @@ def _doctor(words: list[str]) -> None:
             else tuple("-" if share is None else f"{share:.2%}" for share in (layer.erk, layer.uniform))
         )
         shape = "x".join(map(str, layer.shape))
-        table.add_row(layer.name, shape, f"{layer.weights:,}", f"{layer.macs:,}", *shares)
+        speed = () if batch is None or layer.problem is not None else _speed_cells(layer.speed)
+        table.add_row(layer.name, shape, f"{layer.weights:,}", f"{layer.macs:,}", *shares, *speed)
     console = _table_console()
     console.print(table)
     weights = sum(layer.weights for layer in found.layers)
@@ -239,6 +252,29 @@ def _doctor(words: list[str]) -> None:
         f"FLOPs at sparsity {options.sparsity:.0%}, dense = 100%: ERK {found.flops_ratio['erk']:.1%}, "
         f"uniform {found.flops_ratio['uniform']:.1%}"
     )
+    if found.speedup is not None:
+        console.print(
+            f"measured on batches of {batch}, forward and backward, against masked dense layers: all of them together "
+            f"{found.speedup:.2f}x at sparsity {options.sparsity:.0%} with ERK"
+        )
+    console.print(_native_text())
+
+
+def _speed_cells(speed: LayerSpeed | None) -> tuple[str, str, str]:
+    """What runs, how much faster than dense it is, the sparsity from which native code wins."""
+    if speed is None:
+        return "dense, masked gradient", "", ""
+    wins = "never" if speed.break_even is None else f"{speed.break_even:.0%}"
+    return speed.implementation, f"{speed.speedup:.2f}x", wins
+
+
+def _native_text() -> str:
+    from granet_kernels.cpu_backend import library
+
+    reason = library.unavailable()
+    if reason is not None:
+        return f"native CPU code: none, {reason}"
+    return f"native CPU code: {library.isa()}, threads: {library.threads()}"
 
 
 def _shape(text: str) -> tuple[int, int, int]:

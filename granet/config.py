@@ -173,6 +173,9 @@ class TrainConfig:
         seed: of the initial weights, masks, batches and augmentation.
         device: auto, cpu, cuda or cuda:1; auto is cuda where there is one.
         threads: CPU threads of torch; null leaves torch's choice.
+        plan: what computes sparse layers on a CPU: measured (the fastest, as found out in the run), native,
+            dense, or a file of granet_kernels.plan.save; null leaves it to GRANET_PLAN, else measured. With a
+            measured plan two runs differ in the last bits; with any other they are the same.
         checkpoint_every: optimizer steps between checkpoints within an epoch; 0 saves at the end of epochs only.
         log: additional logs, of: tensorboard.
     """
@@ -195,6 +198,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    plan: str | None = None
     checkpoint_every: int = 0
     log: list[str] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ from granet.flops import test_flops_ratio
 from granet.granularity import Granularity
 from granet.models import create_model
 from granet.session import image_macs
+from granet.speed import LayerSpeed, measure_layers
 
 _DIGITS, _CIFAR, _IMAGENET = (1, 8, 8), (3, 32, 32), (3, 224, 224)
 _IMAGE_SHAPES = {"mlp": _DIGITS, "digits-cnn": _DIGITS, "vgg19": _CIFAR, "resnet20": _CIFAR, "resnet56": _CIFAR}
@@ -29,6 +30,7 @@ class LayerReport:
         units: units of sparsity, or None where the granularity does not fit.
         problem: why it does not fit.
         erk, uniform: the density that each distribution gives, or None where it does not fit.
+        speed: at the density of ERK; None where it was not measured, or where only the gradient is masked.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerReport:
     problem: str | None
     erk: float | None
     uniform: float | None
+    speed: LayerSpeed | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Diagnosis:
         layers: the weights that can be sparse, in the model's order.
         macs: of all layers, for one example.
         flops_ratio: FLOPs of a forward pass with each distribution's densities, dense = 1.
+        speedup: of forward and backward of all measured layers together, over masked dense ones; None if none was.
     """
 
     model: str
@@ -58,6 +62,7 @@ class Diagnosis:
     layers: list[LayerReport]
     macs: int
     flops_ratio: dict[str, float]
+    speedup: float | None
 
 
 def image_shape_of(model: str) -> tuple[int, int, int]:
@@ -71,6 +76,7 @@ def examine(
     num_classes: int = 10,
     sparsity: float = 0.9,
     granularity: str = "unstructured",
+    measure_batch: int | None = None,
 ) -> Diagnosis:
     """Look at a named model, without training it.
 
@@ -80,9 +86,12 @@ def examine(
         num_classes: outputs of the classifier.
         sparsity: of all layers together, for the preview of the distributions.
         granularity: what one unit of sparsity is.
+        measure_batch: time every layer on so many images, at the density that ERK gives it; None measures nothing.
     Raises:
-        ValueError: unknown model, granularity or shape; sparsity outside [0, 1).
+        ValueError: unknown model, granularity or shape; sparsity outside [0, 1); a batch below 1.
     """
+    if measure_batch is not None and measure_batch < 1:
+        raise ValueError(f"batch: expected 1 or more, got {measure_batch}")
     shape = image_shape or image_shape_of(model_name)
     unit = granularities.parse(granularity)
     with torch.random.fork_rng(devices=[]):
@@ -93,6 +102,10 @@ def examine(
     problems = {name: _problem(unit, weight) for name, weight in weights.items()}
     fitting = {name: weight for name, weight in weights.items() if problems[name] is None}
     densities = {name: _densities(name, fitting, unit, sparsity) for name in ("erk", "uniform")}
+    speeds: dict[str, LayerSpeed] = {}
+    if measure_batch is not None:
+        with torch.random.fork_rng(devices=[]):
+            speeds = measure_layers(model, shape, densities["erk"], unit, measure_batch)
     layers = [
         LayerReport(
             name=name,
@@ -103,11 +116,14 @@ def examine(
             problem=problems[name],
             erk=densities["erk"].get(name),
             uniform=densities["uniform"].get(name),
+            speed=speeds.get(name),
         )
         for name, weight in weights.items()
     ]
     ratios = {key: test_flops_ratio(macs, values) for key, values in densities.items()}
-    return Diagnosis(model_name, shape, _parameters(model), layers, sum(macs.values()), ratios)
+    found = [layer.speed for layer in layers if layer.speed is not None]
+    speedup = sum(each.dense_seconds for each in found) / sum(each.seconds for each in found) if found else None
+    return Diagnosis(model_name, shape, _parameters(model), layers, sum(macs.values()), ratios, speedup)
 
 
 def _problem(unit: Granularity, shape: tuple[int, ...]) -> str | None:

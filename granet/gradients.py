@@ -121,7 +121,7 @@ class GradientTap:
     def _check_finite(self, optimizer: Optimizer, layers: list[Layer]) -> None:
         for layer in layers:
             gradient = layer.weight.grad
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            if gradient is not None and not _is_finite(gradient):
                 raise NonFiniteGradientError(
                     f"layer '{layer.name}': expected a finite gradient in the step of an update, got NaN or inf; "
                     f"no mask was changed and {type(optimizer).__name__} has not stepped"
@@ -136,7 +136,7 @@ class GradientTap:
             gradient = layer.weight.grad
             self.has_gradient[i] = gradient is not None
             if gradient is not None:
-                part.copy_(layer.granularity.reduce(gradient.abs()))
+                layer.granularity.write_magnitude(gradient, part)
                 if scale is not None:
                     part.div_(scale.to(part.device))
 
@@ -146,3 +146,8 @@ class GradientTap:
                 if parameter.grad is not None:
                     self._withheld.append((parameter, parameter.grad))
                     parameter.grad = None
+
+
+def _is_finite(values: Tensor) -> bool:
+    # A sum with a NaN or an inf in it is not finite, and takes a small part of the time. A finite one may overflow.
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

@@ -46,6 +46,10 @@ class Granularity(ABC):
             ValueError: the shape does not fit this granularity.
         """
 
+    def write_magnitude(self, values: Tensor, out: Tensor) -> None:
+        """Write the mean |value| of each unit, as :meth:`reduce` computes it, to ``out``, (units,) float32."""
+        out.copy_(self.reduce(values.abs()))
+
     @abstractmethod
     def expand(self, kept: Tensor, shape: Sequence[int]) -> Tensor:
         """The mask of the weights of a layer from that of its units.
@@ -104,6 +108,9 @@ class _SingleWeights(Granularity):
     def reduce(self, values: Tensor) -> Tensor:
         self.units(values.shape)
         return values.detach().to(torch.float32, copy=True).reshape(-1)
+
+    def write_magnitude(self, values: Tensor, out: Tensor) -> None:
+        torch.abs(values.detach().to(out.device, out.dtype), out=out.view(values.shape))
 
     def expand(self, kept: Tensor, shape: Sequence[int]) -> Tensor:
         _check_kept(kept, self, shape)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from granet.sparsifier import Sparsifier
     from granet.topology import Layer
 
-HEADER = ("layer", "shape", "granularity", "kept", "weights", "sparsity", "implementation")
+HEADER = ("layer", "shape", "granularity", "kept", "weights", "sparsity", "implementation", "speed-up")
 
 
 def rows(layers: Sequence[Layer]) -> list[dict[str, Any]]:
@@ -23,6 +23,7 @@ def rows(layers: Sequence[Layer]) -> list[dict[str, Any]]:
             "numel": layer.numel,
             "sparsity": layer.sparsity,
             "implementation": layer.implementation,
+            "speedup": layer.speedup,
         }
         for layer in layers
     ]
@@ -40,12 +41,13 @@ def text(sparsifier: Sparsifier) -> str:
             f"{row['numel']:,}",
             f"{row['sparsity']:.2%}",
             row["implementation"],
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         )
         for row in rows(sparsifier.layers)
     ]
-    lines.append(("all", "", "", f"{sparsifier.nnz:,}", f"{sparsifier.numel:,}", f"{sparsifier.sparsity:.2%}", ""))
+    lines.append(("all", "", "", f"{sparsifier.nnz:,}", f"{sparsifier.numel:,}", f"{sparsifier.sparsity:.2%}", "", ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    numbers = {3, 4, 5}
+    numbers = {3, 4, 5, 7}
     body = [
         "  ".join(
             cell.rjust(width) if column in numbers else cell.ljust(width)

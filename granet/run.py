@@ -30,7 +30,7 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 # What a resumed run may be given anew: where and how it runs. (Another device or number of threads rounds differently.)
-_FREE = ("device", "threads", "checkpoint_every", "log", "data.root", "data.download", "data.workers")
+_FREE = ("device", "threads", "plan", "checkpoint_every", "log", "data.root", "data.download", "data.workers")
 
 LAST, BEST = "model", "best"  # names of weights: LAST.safetensors and LAST-masks.safetensors
 

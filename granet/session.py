@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+import granet_kernels
 from granet.checkpoint import CheckpointError
 from granet.config import SGD, AdamW, Optimizer, TrainConfig, config_dict
 from granet.convert import sparsify
@@ -131,7 +132,7 @@ class Session:
 def build_session(config: TrainConfig) -> Session:
     """Load the data and build the model, optimizer and Sparsifier of a run that has not begun.
 
-    Seeds torch's global generator and, where the configuration says so, sets torch's number of threads.
+    Seeds torch's global generator and, where the configuration says so, sets torch's number of threads and the plan.
 
     Raises:
         ValueError: a value of the configuration does not fit the model, the data or this machine.
@@ -142,6 +143,8 @@ def build_session(config: TrainConfig) -> Session:
         raise ValueError(f"precision: float16 needs a CUDA device, got {device}; use bfloat16 or float32")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.plan is not None:
+        granet_kernels.plan.set_mode(config.plan)
     data = load_data(config.data, config.seed, device)
     batches = data.train.steps_per_epoch(config.batch_size)
     steps_per_epoch = -(-batches // config.accumulate)

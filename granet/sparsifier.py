@@ -264,9 +264,9 @@ class Sparsifier:
         reset = StateReset()
         for layer, kept, survivors in topology.parts():
             layer.mask.copy_(layer.granularity.expand(kept, layer.shape))
-            layer.kept = int(kept.sum())
+            layer.kept = int(kept.count_nonzero())  # a sum of bools is many times slower
             if self.method.zeroing:
-                restart = ~layer.granularity.expand(survivors, layer.shape).to(layer.weight.device)
+                restart = layer.granularity.expand(survivors, layer.shape).to(layer.weight.device).logical_not_()
                 layer.weight.masked_fill_(restart, 0)
                 if reset_state:
                     reset(self._owners[layer.name], layer.weight, restart)

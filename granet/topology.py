@@ -7,6 +7,7 @@ within each layer are the same operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,22 @@ class Layer:
 
     @property
     def implementation(self) -> str:
-        """What computes the products of this layer."""
-        return "reference" if isinstance(self.owner, SparseLayer) else "dense, masked gradient"
+        """What computed the products of this layer last: "native", "dense", or by direction, "native/dense/native".
+
+        The directions are forward, input gradient, weight gradient; "" before the first.
+        """
+        if not isinstance(self.owner, SparseLayer):
+            return "dense, masked gradient"
+        mask = self.mask
+        names = [name for name, _ in granet_kernels.plan.report(mask).values()]
+        if not names:
+            return "" if granet_kernels.plan.concerns(mask) else "dense"
+        return names[0] if len(set(names)) == 1 else "/".join(names)
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of the dense products over that of what ran last, as measured; None while it is not known."""
+        return granet_kernels.plan.speedup(self.mask) if isinstance(self.owner, SparseLayer) else None
 
 
 def layer_offsets(layers: Sequence[Layer]) -> Tensor:
@@ -84,12 +99,23 @@ def layer_offsets(layers: Sequence[Layer]) -> Tensor:
     return torch.tensor([0, *(layer.units for layer in layers)]).cumsum(0)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """One float32 number for each unit, in one tensor of any shape for each layer; ranked by size where `absolute`.
+
+    So the weights themselves are scores by magnitude, and no copy of them is made.
+    """
+
+    parts: Sequence[Tensor]
+    absolute: bool = False
+
+
 class Topology:
     """The masks of all layers in the course of one update. Changing it changes no layer; the Sparsifier applies it.
 
     Attributes:
         layers: as the Sparsifier holds them.
-        kept: (units,) bool, the units kept.
+        kept: (units,) bool, the units kept. The one given at first becomes the Topology's own.
         survivors: (units,) bool, the units whose weight and optimizer state stay as they are; all others restart at 0.
     """
 
@@ -103,7 +129,8 @@ class Topology:
     ) -> None:
         self.layers = layers
         self.kept = kept
-        self.survivors = kept.clone()
+        # One tensor at first: `kept` is only ever replaced, `survivors` changed in place, and fresh memory is dear.
+        self.survivors = kept
         self._offsets = layer_offsets(layers)
         self._bounds = self._offsets.tolist()
         self._generator = generator
@@ -112,27 +139,30 @@ class Topology:
 
     def counts(self) -> list[int]:
         """Units kept in each layer."""
-        return torch.stack([part.sum() for part in self._split(self.kept)]).tolist()
+        return torch.stack([part.count_nonzero() for part in self._split(self.kept)]).tolist()
 
-    def magnitude(self) -> Tensor:
-        """(units,) float32: mean |w| of each unit."""
-        return self._reduce(torch.abs)
+    def magnitude(self) -> Scores:
+        """Mean |w| of each unit."""
+        weights = [layer.weight.detach() for layer in self.layers]
+        if self._unstructured:
+            return Scores([weight.to(self.kept.device, torch.float32) for weight in weights], absolute=True)
+        return Scores(self._reduce([weight.abs() for weight in weights]))
 
-    def gradient(self) -> Tensor:
-        """(units,) float32: mean |dense gradient| of each unit in the step of this update."""
+    def gradient(self) -> Scores:
+        """Mean |dense gradient| of each unit in the step of this update."""
         if self._growth is None:
             raise RuntimeError("the method did not ask for the dense gradient of this step (needs_gradient)")
-        return self._growth
+        return self._scores(self._growth)
 
     def where_gradient(self, counts: list[int]) -> list[int]:
         """`counts`, with 0 for layers that took no part in this step and so have no gradient to grow by."""
         return [count if has else 0 for count, has in zip(counts, self._has_gradient, strict=True)]
 
-    def random(self) -> Tensor:
-        """(units,) float32, uniform; the same on every rank and device."""
-        return torch.rand(self.kept.numel(), generator=self._generator).to(self.kept.device)
+    def random(self) -> Scores:
+        """Uniform numbers; the same on every rank and device."""
+        return self._scores(torch.rand(self.kept.numel(), generator=self._generator).to(self.kept.device))
 
-    def signed_scores(self, drop_count: Callable[[int], int]) -> tuple[Tensor, list[int]]:
+    def signed_scores(self, drop_count: Callable[[int], int]) -> tuple[Scores, list[int]]:
         """Scores and counts by which `exchange` drops the smallest positive and the largest negative weights.
 
         Args:
@@ -141,65 +171,72 @@ class Topology:
         for layer in self.layers:
             if not isinstance(layer.granularity, Unstructured):
                 raise ValueError(f"layer '{layer.name}': dropping by sign is unstructured, got {layer.granularity}")
-        magnitude, negative = self.magnitude(), self._reduce(lambda w: w.neg().clamp(min=0)) > 0
+        magnitude = self.magnitude()
+        negative = torch.cat([(weight < 0).reshape(-1) for weight in magnitude.parts])
         chosen, counts = torch.zeros_like(self.kept), [0] * len(self.layers)
         for side in (self.kept & ~negative, self.kept & negative):
-            drops = [drop_count(int(part.sum())) for part in self._split(side)]
-            chosen |= side & ~granet_kernels.drop(magnitude, side, torch.tensor(drops), self._offsets)
+            drops = [drop_count(int(part.count_nonzero())) for part in self._split(side)]
+            left = granet_kernels.drop(magnitude.parts, side, torch.tensor(drops), self._offsets, absolute=True)
+            chosen |= side & ~left
             counts = [a + b for a, b in zip(counts, drops, strict=True)]
-        return torch.where(chosen, 0.0, 1.0), counts
+        return self._scores(torch.where(chosen, 0.0, 1.0)), counts
 
     def draw(self, counts: Sequence[int]) -> None:
         """Keep so many units of each layer, at random, and nothing else."""
-        scores = self.random()
-        self.kept = granet_kernels.topk_mask(
-            self._keep_keys(scores, torch.ones_like(self.kept)), torch.tensor(counts), self._offsets
-        )
-        self.survivors = self.kept.clone()
+        self.select(self.random(), counts)
+        self.survivors = self.kept
 
-    def select(self, scores: Tensor, counts: int | Sequence[int]) -> None:
+    def select(self, scores: Scores, counts: int | Sequence[int]) -> None:
         """Keep the highest scores among all units, kept before or not: one number overall, or one for each layer."""
         self.kept = self._topk(scores, counts, torch.ones_like(self.kept))
 
-    def prune(self, scores: Tensor, counts: int | Sequence[int]) -> None:
+    def prune(self, scores: Scores, counts: int | Sequence[int]) -> None:
         """Keep the highest scores among the kept units: one number overall, or one for each layer."""
         self.kept = self._topk(scores, counts, self.kept)
         self.survivors &= self.kept
 
-    def exchange(self, scores: Tensor, growth: Tensor, counts: Sequence[int], *, keep_regrown: bool) -> None:
+    def exchange(self, scores: Scores, growth: Scores, counts: Sequence[int], *, keep_regrown: bool) -> None:
         """In each layer drop so many units of lowest score, then grow as many of highest growth among those not kept.
 
         Args:
-            scores, growth: (units,) float32.
+            scores, growth: of the units; non-negative unless ranked by size.
             counts: units to exchange in each layer.
             keep_regrown: whether a unit dropped here and grown again here survives.
         """
         before, amount = self.kept, torch.tensor(counts)
-        dropped = granet_kernels.drop(self._keep_keys(scores, before), before, amount, self._offsets)
-        self.kept = granet_kernels.grow(self._grow_keys(growth, dropped), dropped, amount, self._offsets)
-        self.survivors &= (self.kept & before) if keep_regrown else dropped
+        keys = self._keep_keys(scores, before)
+        dropped = granet_kernels.drop(keys, before, amount, self._offsets, absolute=scores.absolute)
+        keys = self._grow_keys(growth, dropped)
+        self.kept = granet_kernels.grow(keys, dropped, amount, self._offsets, absolute=growth.absolute)
+        self.survivors &= before.logical_and_(self.kept) if keep_regrown else dropped
 
     def parts(self) -> list[tuple[Layer, Tensor, Tensor]]:
         """Each layer with its part of `kept` and of `survivors`."""
         return list(zip(self.layers, self._split(self.kept), self._split(self.survivors), strict=True))
 
-    def _topk(self, scores: Tensor, counts: int | Sequence[int], eligible: Tensor) -> Tensor:
+    @property
+    def _unstructured(self) -> bool:
+        return all(isinstance(layer.granularity, Unstructured) for layer in self.layers)
+
+    def _topk(self, scores: Scores, counts: int | Sequence[int], eligible: Tensor) -> Tensor:
         keys = self._keep_keys(scores, eligible)
-        if isinstance(counts, int):
-            return granet_kernels.topk_mask(keys, counts, eligible=eligible)
-        return granet_kernels.topk_mask(keys, torch.tensor(counts), self._offsets, eligible=eligible)
+        amount, offsets = (counts, None) if isinstance(counts, int) else (torch.tensor(counts), self._offsets)
+        return granet_kernels.topk_mask(keys, amount, offsets, eligible, absolute=scores.absolute)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         return [flat[begin:end] for begin, end in zip(self._bounds, self._bounds[1:], strict=False)]
 
-    def _reduce(self, score: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = [layer.granularity.reduce(score(layer.weight.detach())) for layer in self.layers]
-        return torch.cat([part.to(self.kept.device) for part in parts])
+    def _scores(self, flat: Tensor) -> Scores:
+        return Scores(self._split(flat))
 
-    def _keep_keys(self, scores: Tensor, eligible: Tensor) -> Tensor:
-        parts = zip(self.layers, self._split(scores), self._split(eligible), strict=True)
-        return torch.cat([layer.granularity.keep_keys(score, among) for layer, score, among in parts])
+    def _reduce(self, values: Sequence[Tensor]) -> list[Tensor]:
+        parts = zip(self.layers, values, strict=True)
+        return [layer.granularity.reduce(value).to(self.kept.device) for layer, value in parts]
 
-    def _grow_keys(self, growth: Tensor, kept: Tensor) -> Tensor:
-        parts = zip(self.layers, self._split(growth), self._split(kept), strict=True)
-        return torch.cat([layer.granularity.grow_keys(score, held) for layer, score, held in parts])
+    def _keep_keys(self, scores: Scores, eligible: Tensor) -> list[Tensor]:
+        parts = zip(self.layers, scores.parts, self._split(eligible), strict=True)
+        return [layer.granularity.keep_keys(score, among) for layer, score, among in parts]
+
+    def _grow_keys(self, growth: Scores, kept: Tensor) -> list[Tensor]:
+        parts = zip(self.layers, growth.parts, self._split(kept), strict=True)
+        return [layer.granularity.grow_keys(score, held) for layer, score, held in parts]

@@ -1,7 +1,14 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+import granet
 from granet.doctor import examine
+from granet.granularity import Unstructured
+from granet.speed import break_even, measure_layers
+from granet_kernels import plan
 
 
 def test_resnet50_as_in_the_papers():
@@ -39,3 +46,47 @@ def test_random_state_is_left_alone():
 def test_bad_request_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         examine(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("native", "expected"),
+    [
+        ({1.0: 0.5, 0.1: 0.1}, 0.0),  # faster at every density
+        ({1.0: 3.0, 0.5: 2.0, 0.1: 0.2}, 1 - (0.1 + 0.4 * 0.8 / 1.8)),  # crosses between two of them
+        ({1.0: 3.0, 0.5: 1.75}, 1 - 0.2),  # crosses below them
+        ({1.0: 3.0, 0.5: 2.5}, None),
+        ({1.0: 2.0, 0.5: 2.0}, None),
+    ],
+    ids=["always", "between", "below", "never", "flat"],
+)
+def test_the_sparsity_from_which_native_code_wins(native, expected):
+    assert break_even(1.0, native) == (None if expected is None else pytest.approx(expected))
+
+
+def test_layers_are_measured_on_request():
+    found = examine("digits-cnn", measure_batch=2)
+    assert found.speedup is not None
+    assert found.speedup >= 1
+    for layer in found.layers:
+        assert layer.speed is not None
+        assert set(layer.speed.implementation.split("/")) <= {"native", "dense"}
+        assert layer.speed.speedup >= 1
+        assert layer.speed.break_even is None or 0 <= layer.speed.break_even < 1
+    assert examine("digits-cnn").layers[0].speed is None
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = granet.sparsify(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)))
+    before = copy.deepcopy(model.state_dict())
+    speeds = measure_layers(model, (4, 4, 4), {"0": 0.5, "3": 0.1}, Unstructured(), 2)
+    assert set(speeds) == {"0", "3"}
+    assert (speeds["0"].implementation, speeds["0"].speedup, speeds["0"].break_even) == ("dense", 1.0, None)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert (model[3].mask, model.training, plan.mode()) == (None, True, "native")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model[3]._forward_pre_hooks
+
+
+def test_a_batch_without_images_is_refused():
+    with pytest.raises(ValueError, match="batch: expected 1 or more, got 0"):
+        examine("mlp", measure_batch=0)

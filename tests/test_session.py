@@ -6,6 +6,7 @@ from training_support import small_config
 from granet.config import SGD, AdamW
 from granet.models import create_model
 from granet.session import build_optimizer, build_session, parameter_groups
+from granet_kernels import plan
 
 
 def network() -> nn.Module:
@@ -69,3 +70,13 @@ def test_weights_of_a_session_fit_the_dense_model():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_float16_scales_the_loss_on_cuda():
     assert build_session(small_config(device="cuda", precision="float16")).scaler.is_enabled()
+
+
+def test_the_plan_is_the_configurations_or_stays():
+    with plan.use("native"):
+        build_session(small_config())
+        assert plan.mode() == "native"
+        build_session(small_config(plan="dense"))
+        assert plan.mode() == "dense"
+        with pytest.raises(ValueError, match="plan: expected measured, native, dense or a file"):
+            build_session(small_config(plan="sparse"))

@@ -11,6 +11,8 @@ import granet
 from granet.convert import sparse_weights
 from granet.distribution import kept_units
 from granet.methods import GMP, ITOP, SET, GraNet, RigL, Static
+from granet_kernels import plan
+from granet_kernels.cpu_backend import library
 
 
 def make(method, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), seed=0, **sparsify):
@@ -585,14 +587,25 @@ def test_a_count_that_cannot_be_reached_is_refused():
 
 def test_the_table_lists_every_layer_and_the_sum():
     _, _, sparsifier = make(Static(sparsity=0.75, total_steps=1, distribution="uniform"))
+    runs = "  dense" if library.unavailable() else ""  # without the library there is no choice to wait for
     assert str(sparsifier).splitlines() == [
         "Static at step 0: sparsity 75.00%, target 75.00%",
-        "layer  shape    granularity   kept  weights  sparsity  implementation",
-        "0      6x2x3x3  unstructured    27      108    75.00%  reference",
-        "4      4x96     unstructured    96      384    75.00%  reference",
+        "layer  shape    granularity   kept  weights  sparsity  implementation  speed-up",
+        "0      6x2x3x3  unstructured    27      108    75.00%" + runs,
+        "4      4x96     unstructured    96      384    75.00%" + runs,
         "all                            123      492    75.00%",
     ]
     assert [row["nnz"] for row in sparsifier.table()] == [27, 96]
+
+
+def test_the_table_says_what_ran_and_how_fast():
+    model, _, sparsifier = make(Static(sparsity=0.75, total_steps=1, distribution="uniform"))
+    assert {row["speedup"] for row in sparsifier.table()} == {None}
+    for name in ["dense"] if library.unavailable() else ["native", "dense"]:
+        with plan.use(name):
+            backward(model)
+        assert [row["implementation"] for row in sparsifier.table()] == [name] * 2
+        assert str(sparsifier).splitlines()[2].endswith(name)
 
 
 def test_the_dense_state_dict_hides_stored_values():

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from granet_kernels.cpu_backend import library
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -76,3 +78,22 @@ def compiled_once() -> Iterator[Callable[..., Any]]:
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def isa_used() -> Callable[[str], AbstractContextManager[None]]:
+    """A context manager in which the named native code runs; the test is skipped where the CPU lacks it."""
+
+    @contextmanager
+    def use(name: str) -> Iterator[None]:
+        try:
+            context = library.isa_used(name)
+            context.__enter__()
+        except ValueError:
+            pytest.skip(f"this CPU has no {name}")
+        try:
+            yield
+        finally:
+            context.__exit__(None, None, None)
+
+    return use

@@ -159,10 +159,41 @@ def test_inputs_are_left_alone():
         assert torch.equal(t, b)
 
 
+def test_absolute_ranks_by_magnitude():
+    scores = scores_of([-3, 2, -0.0, NAN, -INF, 1])
+    assert topk_mask(scores, 3, absolute=True).tolist() == bools("x..xx.").tolist()
+    assert drop(scores, bools("xx.x.x"), 2, absolute=True).tolist() == bools("x..x..").tolist()
+    assert grow(scores, bools("..xx.."), 2, absolute=True).tolist() == bools("x.xxx.").tolist()
+
+
+@pytest.mark.parametrize(("counts", "offsets"), [(7, None), ([3, 2, 0], [0, 4, 8, 20]), ([3, 4], [0, 6, 20])], ids=str)
+def test_a_list_of_tensors_stands_for_their_concatenation(counts, offsets):
+    parts = [torch.randn(2, 2), torch.randn(0), torch.randn(4), torch.randn(12)[None], torch.randn(0)]
+    flat = torch.cat([part.flatten() for part in parts])
+    kept = torch.arange(20) % 3 != 0
+    for op in (topk_mask, lambda *args: drop(args[0], kept, *args[1:]), lambda *args: grow(args[0], kept, *args[1:])):
+        counts_of_op = counts if op is topk_mask else 1
+        assert torch.equal(op(parts, counts_of_op, offsets), op(flat, counts_of_op, offsets))
+
+
+def test_parts_of_any_layout_are_taken_row_major():
+    weight = torch.randn(4, 6, 3, 3)
+    for part in (weight.to(memory_format=torch.channels_last), weight.transpose(0, 1), weight[:, ::2]):
+        assert torch.equal(topk_mask([part, weight], 50), topk_mask(torch.cat([part.flatten(), weight.flatten()]), 50))
+
+
+def test_scores_at_odd_addresses():
+    scores = torch.randn(1000)
+    buffer = bytearray(b"." + scores.numpy().tobytes())
+    assert torch.equal(topk_mask(torch.frombuffer(buffer, dtype=torch.float32, offset=1), 100), topk_mask(scores, 100))
+
+
+@pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("eligible", [None, "xx.xxx.x"])
 @pytest.mark.parametrize(("counts", "offsets"), [([3], [0, 8]), ([1, 0, 2], [0, 3, 3, 8])])
-def test_opcheck(counts, offsets, eligible):
-    args = torch.randn(8), torch.tensor(counts), torch.tensor(offsets), None if eligible is None else bools(eligible)
+def test_opcheck(counts, offsets, eligible, absolute):
+    parts = [torch.randn(3), torch.randn(5)]
+    args = parts, torch.tensor(counts), torch.tensor(offsets), None if eligible is None else bools(eligible), absolute
     torch.library.opcheck(torch.ops.granet.topk_mask.default, args)
 
 
@@ -170,6 +201,8 @@ S4, K4 = torch.zeros(4), torch.tensor([True, True, False, False])
 BAD = {
     "scores dtype": (topk_mask, (S4.double(), 1), "expected scores of dtype torch.float32, got torch.float64"),
     "scores 2-D": (topk_mask, (torch.zeros(2, 2), 1), r"expected scores of shape \(units,\), got shape \(2, 2\)"),
+    "scores none": (topk_mask, ([], 1), "a tensor or a list of one tensor or more, got none"),
+    "part dtype": (topk_mask, ([S4, S4.half()], 1), "expected scores of dtype torch.float32, got torch.float16"),
     "eligible dtype": (topk_mask, (S4, 1, None, S4), "expected eligible of dtype torch.bool, got torch.float32"),
     "eligible shape": (topk_mask, (S4, 1, None, K4[:3]), r"eligible of the scores' shape \(4,\), got shape \(3,\)"),
     "kept device": (drop, (S4, K4.to("meta"), 1), "expected kept on device cpu, got one on meta"),

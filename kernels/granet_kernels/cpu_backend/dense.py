@@ -1,0 +1,132 @@
+"""The dense implementation of the ops on a CPU: what reference.py specifies, without the detours.
+
+Masking selects by bits, which takes a fifth of the time of torch.where. The gradients of a convolution come from ATen
+directly: torch.nn.grad passes it one expanded number for the operand that only lends its shape, and ATen then copies
+that out to full size.
+
+`full` says that the mask keeps everything, so that nothing has to be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granet_kernels.reference import image_format
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, full: bool = False) -> Tensor:
+    """reference.linear_ref."""
+    return F.linear(x, _masked(weight, mask, full), bias)
+
+
+def linear_dgrad(grad: Tensor, weight: Tensor, mask: Tensor, full: bool = False) -> Tensor:
+    """reference.linear_dgrad_ref."""
+    return grad @ _masked(weight, mask, full)
+
+
+def linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, full: bool = False) -> Tensor:
+    """reference.linear_wgrad_ref; with `full` the dense gradient."""
+    return _as_gradient(grad.t() @ x, mask, full)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    full: bool = False,
+) -> Tensor:
+    """reference.conv2d_ref."""
+    y = F.conv2d(x, _masked(weight, mask, full), bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return y.contiguous(memory_format=image_format(x, weight))
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    x_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    full: bool = False,
+) -> Tensor:
+    """reference.conv2d_dgrad_ref."""
+    layout = image_format(grad, weight)
+    shape_only = torch.empty(tuple(x_shape), dtype=grad.dtype, memory_format=layout)
+    operands = grad, shape_only, _masked(weight, mask, full)
+    x_grad: Tensor = _convolution_backward(*operands, stride, padding, dilation, groups, (True, False, False))[0]
+    return x_grad.contiguous(memory_format=layout)
+
+
+def conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    full: bool = False,
+) -> Tensor:
+    """reference.conv2d_wgrad_ref; with `full` the dense gradient."""
+    shape_only = torch.empty_like(mask, dtype=grad.dtype)
+    operands = grad, x, shape_only
+    w_grad = _convolution_backward(*operands, stride, padding, dilation, groups, (False, True, False))[1]
+    return _as_gradient(w_grad, mask, full)
+
+
+def _convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
+    )
+    return result
+
+
+def _masked(values: Tensor, mask: Tensor, full: bool) -> Tensor:
+    """torch.where(mask, values, 0)."""
+    if full:
+        return values
+    bits = _BITS.get(values.dtype)
+    if bits is None:
+        return torch.where(mask, values, 0)
+    return (_all_bits(mask) & values.view(bits)).view(values.dtype)  # in this order: the mask settles the strides
+
+
+def _as_gradient(w_grad: Tensor, mask: Tensor, full: bool) -> Tensor:
+    """A new dense gradient, zeroed off the mask in place, in the mask's layout."""
+    if not full:
+        w_grad.view(_BITS[w_grad.dtype]).bitwise_and_(_all_bits(mask))
+    if w_grad.stride() == mask.stride():
+        return w_grad
+    return torch.empty_like(mask, dtype=w_grad.dtype).copy_(w_grad)
+
+
+def _all_bits(mask: Tensor) -> Tensor:
+    """int8 of the mask's shape: -1, all bits set, where True, else 0."""
+    return mask.view(torch.int8).neg()

@@ -1,0 +1,220 @@
+"""The CPU implementations of the linear and conv2d ops: what the plan chooses, native code or torch's dense operations.
+
+Native code takes float32 without groups; everything else is computed densely. All that depends on shapes and strides
+alone is worked out once for each combination and looked up afterwards: small layers are over in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from granet_kernels import plan
+from granet_kernels.conv2d import conv2d_dgrad_op, conv2d_op, conv2d_wgrad_op
+from granet_kernels.cpu_backend import dense, library
+from granet_kernels.cpu_backend.calls import Call, Pair, find_call
+from granet_kernels.layout import SparseLayout, layout_of
+from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
+
+_UNSUPPORTED = 2  # the status of the library
+
+
+@linear_op.register_kernel("cpu")
+def _linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor:
+    call = find_call("linear", "forward", x, weight, mask, bias)
+    if call is None:
+        return dense.linear(x, weight, mask, bias)
+    return _run(
+        call,
+        mask,
+        lambda layout: _forward(call, layout, x, weight, mask, bias),
+        lambda full: dense.linear(x, weight, mask, bias, full),
+    )
+
+
+@linear_dgrad_op.register_kernel("cpu")
+def _linear_dgrad(grad: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor:
+    call = find_call("linear", "dgrad", grad, weight, mask)
+    if call is None:
+        return dense.linear_dgrad(grad, weight, mask)
+    return _run(
+        call,
+        mask,
+        lambda layout: _dgrad(call, layout, grad, weight, mask),
+        lambda full: dense.linear_dgrad(grad, weight, mask, full),
+    )
+
+
+@linear_wgrad_op.register_kernel("cpu")
+def _linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor:
+    if dense_wgrad is not None and dense_wgrad:
+        return dense.linear_wgrad(grad, x, mask, full=True)
+    call = find_call("linear", "wgrad", grad, x, mask)
+    if call is None:
+        return dense.linear_wgrad(grad, x, mask)
+    return _run(
+        call,
+        mask,
+        lambda layout: _wgrad(call, layout, grad, x, mask),
+        lambda full: dense.linear_wgrad(grad, x, mask, full),
+    )
+
+
+@conv2d_op.register_kernel("cpu")
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    dense_wgrad: Tensor | None,
+) -> Tensor:
+    geometry = stride, padding, dilation, groups
+    call = find_call("conv2d", "forward", x, weight, mask, bias, *geometry)
+    if call is None:
+        return dense.conv2d(x, weight, mask, bias, *geometry)
+    return _run(
+        call,
+        mask,
+        lambda layout: _forward(call, layout, x, weight, mask, bias),
+        lambda full: dense.conv2d(x, weight, mask, bias, *geometry, full),
+    )
+
+
+@conv2d_dgrad_op.register_kernel("cpu")
+def _conv2d_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    x_shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    dense_wgrad: Tensor | None,
+) -> Tensor:
+    geometry = stride, padding, dilation, groups
+    call = find_call("conv2d", "dgrad", grad, weight, mask, None, *geometry, x_shape)
+    if call is None:
+        return dense.conv2d_dgrad(grad, weight, mask, x_shape, *geometry)
+    return _run(
+        call,
+        mask,
+        lambda layout: _dgrad(call, layout, grad, weight, mask),
+        lambda full: dense.conv2d_dgrad(grad, weight, mask, x_shape, *geometry, full),
+    )
+
+
+@conv2d_wgrad_op.register_kernel("cpu")
+def _conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    dense_wgrad: Tensor | None,
+) -> Tensor:
+    geometry = stride, padding, dilation, groups
+    if dense_wgrad is not None and dense_wgrad:
+        return dense.conv2d_wgrad(grad, x, mask, *geometry, full=True)
+    call = find_call("conv2d", "wgrad", grad, x, mask, None, *geometry)
+    if call is None:
+        return dense.conv2d_wgrad(grad, x, mask, *geometry)
+    return _run(
+        call,
+        mask,
+        lambda layout: _wgrad(call, layout, grad, x, mask),
+        lambda full: dense.conv2d_wgrad(grad, x, mask, *geometry, full),
+    )
+
+
+def _run(
+    call: Call, mask: Tensor, native: Callable[[SparseLayout], Tensor | None], densely: Callable[[bool], Tensor]
+) -> Tensor:
+    """What the plan chooses for a call, timed where the plan wants to know. `native` gives None for what it cannot."""
+    layout = layout_of(mask)
+    implementation, timed = plan.choose(call.site, layout)
+    layout.last[call.direction] = (call.site, implementation, layout.bucket)
+    began = perf_counter()
+    result = native(layout) if implementation == plan.NATIVE else densely(layout.nnz == layout.numel)
+    if result is None:
+        return densely(layout.nnz == layout.numel)
+    if timed:
+        plan.record(call.site, layout, implementation, perf_counter() - began)
+    return result
+
+
+def _forward(
+    call: Call, layout: SparseLayout, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    lib: Any = library.load()
+    w = weight if call.fits else _as_mask(weight, mask)
+    b = None if bias is None else bias.contiguous()
+    y = torch.empty_strided(call.shape, call.strides, dtype=torch.float32)
+    status = lib.granet_conv2d_forward(
+        layout.native,
+        call.conv,
+        x.data_ptr(),
+        call.first,
+        w.data_ptr(),
+        None if b is None else b.data_ptr(),
+        y.data_ptr(),
+        call.second,
+        call.threads,
+    )
+    return _checked(call, status, y)
+
+
+def _dgrad(call: Call, layout: SparseLayout, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor | None:
+    lib: Any = library.load()
+    w = weight if call.fits else _as_mask(weight, mask)
+    x_grad = torch.empty_strided(call.shape, call.strides, dtype=torch.float32)
+    status = lib.granet_conv2d_dgrad(
+        layout.native,
+        call.conv,
+        grad.data_ptr(),
+        call.first,
+        w.data_ptr(),
+        x_grad.data_ptr(),
+        call.second,
+        call.threads,
+    )
+    return _checked(call, status, x_grad)
+
+
+def _wgrad(call: Call, layout: SparseLayout, grad: Tensor, x: Tensor, mask: Tensor) -> Tensor | None:
+    lib: Any = library.load()
+    w_grad = torch.empty_like(mask, dtype=torch.float32)
+    status = lib.granet_conv2d_wgrad(
+        layout.native,
+        call.conv,
+        grad.data_ptr(),
+        call.first,
+        x.data_ptr(),
+        call.second,
+        w_grad.data_ptr(),
+        call.threads,
+    )
+    return _checked(call, status, w_grad)
+
+
+def _checked(call: Call, status: int, result: Tensor) -> Tensor | None:
+    if status == _UNSUPPORTED:
+        call.supported = False
+        return None
+    library.check(status)
+    return result
+
+
+def _as_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """The weight in the mask's strides."""
+    return torch.empty_like(mask, dtype=weight.dtype).copy_(weight)

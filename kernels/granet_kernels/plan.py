@@ -1,0 +1,304 @@
+"""Which implementation of a sparse op runs: masked dense by torch, or native sparse code; measured while they work.
+
+Every candidate computes the right result, so measuring is letting one of them do the work and looking at the clock: it
+costs what the candidate loses to the winner. That is added up, and stays below 2 % of the time since the first call.
+Measured plans make results differ in the last bits from run to run; a fixed plan ("native", "dense", or a file written
+by `save`) gives the same bits twice.
+
+The environment variable GRANET_PLAN sets the plan to start with. Times are kept in $XDG_CACHE_HOME/granet/plan.json, or
+where GRANET_PLAN_CACHE says; if that is empty, nowhere.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from granet_kernels import plan_files
+from granet_kernels.cpu_backend import library
+from granet_kernels.layout import SparseLayout, known_layout
+from granet_kernels.plan_times import DENSE, NATIVE, NEEDED, Site
+
+MODES = ("measured", NATIVE, DENSE)
+DIRECTIONS = ("forward", "dgrad", "wgrad")
+PRIOR_DENSITY = 0.3  # native below it, until something is measured
+
+_SHARE, _ALLOWANCE = 0.02, 0.2  # of the time since the first call, and seconds granted from the start
+_PERIOD = 16  # of so many calls of a winner one is timed
+_RECHECK = 2048  # of so many calls one goes to the loser, in case it was measured at a bad moment; early on, more do
+_SAVE_EVERY = 60.0
+_MOST_SITES = 8192
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the plan has done so far.
+
+    Attributes:
+        calls: of ops that had a choice.
+        sites: different ops, directions and shapes among them.
+        seconds: what measuring has cost: the time by which candidates were slower than the winner.
+        share: of the wall time since the first call.
+    """
+
+    calls: int
+    sites: int
+    seconds: float
+    share: float
+
+    def __str__(self) -> str:
+        cost = f"{self.seconds:.3f} s ({self.share:.2%})"
+        return f"plan: {self.calls:,} calls at {self.sites:,} sites, measuring cost {cost}"
+
+
+class Plan:
+    """The choices of one process. Safe to use from several threads.
+
+    Args:
+        clock: seconds that never fall.
+        default: the mode to start with.
+        cache: the file of measured times, or None.
+    """
+
+    def __init__(self, clock: Callable[[], float], default: str, cache: Path | None) -> None:
+        self._clock = clock
+        self._mode = default
+        self._cache = cache
+        self._fixed: plan_files.Choices = {}
+        self._lock = threading.Lock()
+        self._is_set_up = False
+        self._sites: dict[tuple[str, str], Site] = {}
+        self._generation = 0  # of the choices: a site of another one makes its choices anew
+        self._cached: plan_files.Entries | None = None
+        self._began: float | None = None
+        self._saved_at = 0.0
+        self._spent = 0.0
+        self._unsaved = False
+
+    def clear(self) -> None:
+        """Forget all that was measured, but for the file."""
+        with self._lock:
+            for site in self._sites.values():
+                site.forget()
+            self._generation += 1
+            self._cached = self._began = None
+            self._spent = 0.0
+            self._unsaved = False
+
+    def mode(self) -> str:
+        """ "measured", "native", "dense", or the path of the fixed plan in use."""
+        if not self._is_set_up:
+            self.set_mode(self._mode)
+        return self._mode
+
+    def set_mode(self, name: str | os.PathLike[str]) -> None:
+        """Use a mode, or a fixed plan from a file.
+
+        Raises:
+            ValueError: no such mode, and no such file; or the file holds no plan.
+        """
+        if name not in MODES:
+            if not Path(name).is_file():
+                raise ValueError(f"plan: expected {', '.join(MODES)} or a file that plan.save wrote, got {str(name)!r}")
+            self._fixed = plan_files.read_choices(Path(name))
+        self._mode = str(name)
+        self._is_set_up = True
+        self._generation += 1  # sites drop the choices that they made under another plan
+
+    @contextmanager
+    def use(self, name: str | os.PathLike[str]) -> Iterator[None]:
+        """set_mode for the body of a with statement."""
+        before, fixed = self.mode(), self._fixed
+        self.set_mode(name)
+        try:
+            yield
+        finally:
+            self._mode, self._fixed = before, fixed
+            self._generation += 1
+
+    def site(self, key: str) -> Site:
+        """The site of a key, with the times that earlier processes measured."""
+        place = (library.isa(), key)
+        with self._lock:
+            found = self._sites.get(place)
+            if found is None:
+                if len(self._sites) >= _MOST_SITES:
+                    self._sites.clear()
+                found = self._sites[place] = Site(key)
+        return found
+
+    def choose(self, site: Site, layout: SparseLayout) -> tuple[str, bool]:
+        """The implementation for this call, and whether to time it: then `record` has to follow."""
+        site.calls += 1
+        if site.generation != self._generation:
+            self._renew(site)
+        choice = site.choices.get(layout.bucket)
+        if choice is None or (site.calls % _PERIOD == 0 and self._mode == "measured"):
+            return self._decide(site, layout)
+        return choice, False
+
+    def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float) -> None:
+        """Take down what a timed call took. The first of its kind counts as cost, but is no sample: it prepares."""
+        with self._lock:
+            other = site.times.time(DENSE if implementation == NATIVE else NATIVE, layout.bucket)
+            if other is not None and site.choices.get(layout.bucket) != implementation:
+                self._spent += max(0.0, seconds - other)
+            if self._was_warm(site, layout, implementation):
+                site.times.add(implementation, layout.bucket, seconds)
+                self._unsaved = True
+        if self._unsaved and self._clock() - self._saved_at > _SAVE_EVERY:
+            self.save_times()
+
+    def report(self, mask: Tensor) -> dict[str, tuple[str, float | None]]:
+        """By direction, what the last call with this mask ran, and how much faster than dense; None if unknown."""
+        seconds = self._seconds(mask)
+        return {way: (name, dense / own if dense and own else None) for way, (name, dense, own) in seconds.items()}
+
+    def speedup(self, mask: Tensor) -> float | None:
+        """Dense time over the time of what runs, all directions together; None while one of them is unknown."""
+        times = self._seconds(mask).values()
+        if not times or not all(dense and own for _, dense, own in times):
+            return None
+        return sum(dense or 0.0 for _, dense, _ in times) / sum(own or 0.0 for _, _, own in times)
+
+    def concerns(self, mask: Tensor) -> bool:
+        """Whether ops with this mask have a choice; everywhere else, masked dense is all there is."""
+        return mask.device.type == "cpu" and library.unavailable() is None
+
+    def summary(self) -> Summary:
+        sites = [site for site in list(self._sites.values()) if site.calls]
+        elapsed = 0.0 if self._began is None else self._clock() - self._began
+        calls = sum(site.calls for site in sites)
+        return Summary(calls, len(sites), self._spent, self._spent / elapsed if elapsed > 0 else 0.0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the choices made so far as a fixed plan, for set_mode, use or GRANET_PLAN.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        choices = {site.key: dict(site.choices) for site in list(self._sites.values()) if site.choices}
+        plan_files.write_choices(Path(path), choices)
+
+    def save_times(self) -> None:
+        """Write what was measured to the cache, if something was; a place that cannot be written is left alone."""
+        self._saved_at = self._clock()
+        if not self._unsaved or self._cache is None:
+            return
+        self._unsaved = False
+        isa = library.isa()
+        entries = {key: site.times.as_data() for (its, key), site in list(self._sites.items()) if its == isa}
+        plan_files.write_times(self._cache, {key: e for key, e in entries.items() if e[DENSE] or e[NATIVE]})
+
+    def after_fork(self) -> None:
+        """A lock that another thread of the parent held would never be released in the child."""
+        self._lock = threading.Lock()
+
+    def _renew(self, site: Site) -> None:
+        """Let a site start under the plan in use."""
+        measured = self.mode() == "measured"
+        with self._lock:
+            site.choices.clear()
+            if measured:
+                self._set_up_measuring(site)
+            site.generation = self._generation
+
+    def _set_up_measuring(self, site: Site) -> None:
+        if self._began is None:
+            self._began = self._saved_at = self._clock()
+        if self._cached is None:
+            self._cached = {} if self._cache is None else plan_files.read_times(self._cache)
+        entry = self._cached.pop(site.key, None)
+        if entry is not None:
+            site.times.load(entry)
+
+    def _decide(self, site: Site, layout: SparseLayout) -> tuple[str, bool]:
+        if self._mode != "measured":
+            choice = self._mode if self._mode in MODES else self._fixed_choice(site, layout)
+            site.choices[layout.bucket] = choice
+            return choice, False
+        with self._lock:
+            bucket = layout.bucket
+            incumbent = _nearest(site.choices, bucket) or _prior(layout)
+            winner = site.times.winner(bucket, incumbent)
+            if winner is not None:
+                site.choices[bucket] = winner
+                other = DENSE if winner == NATIVE else NATIVE
+                recheck = _is_recheck(site.calls) and self._affords(site, other, winner, bucket)
+                return (other if recheck else winner), True
+            site.choices.pop(bucket, None)  # until it is known, every call comes here
+            if site.times.samples(incumbent, bucket) < NEEDED:
+                return incumbent, True
+            other = DENSE if incumbent == NATIVE else NATIVE
+            return (other, True) if self._affords(site, other, incumbent, bucket) else (incumbent, False)
+
+    def _affords(self, site: Site, candidate: str, winner: str, bucket: int) -> bool:
+        """Whether the time that a candidate may lose to the winner is within the budget."""
+        expected, best = site.times.time(candidate, bucket), site.times.time(winner, bucket)
+        if expected is None and candidate == NATIVE:
+            expected = site.times.bounds(bucket)[0]
+        loss = max(0.0, expected - best) if expected is not None and best is not None else 0.0
+        elapsed = self._clock() - (self._began or 0.0)
+        return self._spent + loss < _ALLOWANCE + _SHARE * elapsed
+
+    def _was_warm(self, site: Site, layout: SparseLayout, implementation: str) -> bool:
+        if implementation == DENSE:
+            warm, site.dense_is_warm = site.dense_is_warm, True
+            return warm
+        warm = site in layout.seen
+        layout.seen.add(site)
+        return warm
+
+    def _fixed_choice(self, site: Site, layout: SparseLayout) -> str:
+        """The choice in the file, or what follows from its neighbours: sparser is native's side, denser is dense's."""
+        choices = self._fixed.get(site.key, {})
+        if layout.bucket in choices:
+            return choices[layout.bucket]
+        if any(bucket < layout.bucket and choice == NATIVE for bucket, choice in choices.items()):
+            return NATIVE
+        if any(bucket > layout.bucket and choice == DENSE for bucket, choice in choices.items()):
+            return DENSE
+        return _prior(layout)
+
+    def _seconds(self, mask: Tensor) -> dict[str, tuple[str, float | None, float | None]]:
+        """By direction: what ran, the dense time, its own time."""
+        layout = known_layout(mask)
+        last: dict[str, tuple[Site, str, int]] = {} if layout is None else layout.last
+        return {
+            way: (name, site.times.time(DENSE, bucket), site.times.time(name, bucket))
+            for way, (site, name, bucket) in sorted(last.items(), key=lambda item: DIRECTIONS.index(item[0]))
+        }
+
+
+def _is_recheck(calls: int) -> bool:
+    """Whether the loser runs in this call: the 64th, 128th, ... 2048th, and from then on every 2048th."""
+    return calls % _RECHECK == 0 or (calls >= 4 * _PERIOD and calls & (calls - 1) == 0)
+
+
+def _prior(layout: SparseLayout) -> str:
+    return NATIVE if layout.density <= PRIOR_DENSITY else DENSE
+
+
+def _nearest(choices: dict[int, str], bucket: int) -> str | None:
+    if not choices:
+        return None
+    return choices[min(choices, key=lambda known: abs(known - bucket))]
+
+
+_plan = Plan(time.perf_counter, os.environ.get("GRANET_PLAN") or "measured", plan_files.cache_path())
+atexit.register(lambda: _plan.save_times())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _plan.after_fork())
+
+mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
+site, choose, record = _plan.site, _plan.choose, _plan.record
+report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
+save, load, clear = _plan.save, _plan.set_mode, _plan.clear

@@ -1,0 +1,119 @@
+"""What the plan knows of one op on one shape: the times measured, and what follows from them at a given density."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from granet_kernels.layout import density_of
+
+DENSE, NATIVE = "dense", "native"
+
+NEEDED = 3  # samples before a time counts
+_WINDOW = 5  # samples kept, the latest
+_MARGIN = 0.05  # a challenger must be faster by this share
+_HOPELESS = 2.0  # times slower than the other: one sample is enough
+_NOISE = 1.1  # what other densities say is taken with this much slack, and with _HOPELESS if it is not enough samples
+
+
+class Times:
+    """Seconds of the dense implementation, whatever the density, and of the native one by density bucket.
+
+    The least of the latest samples counts, because other work on the machine only adds to a time.
+    """
+
+    def __init__(self) -> None:
+        self._dense: list[float] = []
+        self._native: dict[int, list[float]] = {}
+
+    def add(self, implementation: str, bucket: int, seconds: float) -> None:
+        window = self._dense if implementation == DENSE else self._native.setdefault(bucket, [])
+        window.append(seconds)
+        del window[:-_WINDOW]
+
+    def samples(self, implementation: str, bucket: int) -> int:
+        return len(self._window(implementation, bucket))
+
+    def time(self, implementation: str, bucket: int) -> float | None:
+        """The least sample, or None without any."""
+        return min(self._window(implementation, bucket), default=None)
+
+    def bounds(self, bucket: int) -> tuple[float, float]:
+        """Between what the native time at a density lies, as far as times at other densities tell.
+
+        A time a + b * density, a and b >= 0, falls with the density, but no faster than in proportion.
+        """
+        density, least, most = density_of(bucket), 0.0, math.inf
+        for other, window in self._native.items():
+            if other == bucket:
+                continue
+            ratio = density / density_of(other) if density_of(other) else math.inf
+            enough = len(window) >= NEEDED
+            least = max(least, min(window) * min(ratio, 1) / (_NOISE if enough else _HOPELESS))
+            if enough:
+                most = min(most, min(window) * max(ratio, 1) * _NOISE)
+        return least, most
+
+    def winner(self, bucket: int, incumbent: str) -> str | None:
+        """The faster implementation at a density, or None while that has to be measured.
+
+        Args:
+            incumbent: what runs now; it stays unless the other is faster by more than 5 %.
+        """
+        native, dense = self.time(NATIVE, bucket), self.time(DENSE, bucket)
+        if dense is None:
+            return None
+        if native is None:
+            return self._predicted(bucket)
+        enough = {each for each in (NATIVE, DENSE) if self.samples(each, bucket) >= NEEDED}
+        if len(enough) < 2:
+            faster = NATIVE if native < dense else DENSE
+            clear = max(native, dense) > _HOPELESS * min(native, dense)
+            return faster if clear and faster in enough else None
+        challenger = DENSE if incumbent == NATIVE else NATIVE
+        held, offered = (native, dense) if incumbent == NATIVE else (dense, native)
+        return challenger if offered < (1 - _MARGIN) * held else incumbent
+
+    def as_data(self) -> dict[str, Any]:
+        """The times that count, as plain data: {"dense": s or None, "native": {bucket: s}}."""
+        native = {str(bucket): min(window) for bucket, window in self._native.items() if len(window) >= NEEDED}
+        return {DENSE: min(self._dense) if len(self._dense) >= NEEDED else None, NATIVE: native}
+
+    def load(self, data: dict[str, Any]) -> None:
+        """Take times of `as_data` as measured."""
+        if data[DENSE] is not None:
+            self._dense = [data[DENSE]] * NEEDED
+        self._native = {int(bucket): [seconds] * NEEDED for bucket, seconds in data[NATIVE].items()}
+
+    def _predicted(self, bucket: int) -> str | None:
+        if len(self._dense) < NEEDED:
+            return None
+        least, most = self.bounds(bucket)
+        dense = min(self._dense)
+        if most <= dense:
+            return NATIVE
+        return DENSE if least >= dense else None
+
+    def _window(self, implementation: str, bucket: int) -> list[float]:
+        return self._dense if implementation == DENSE else self._native.get(bucket, [])
+
+
+class Site:
+    """One op and direction on one geometry, with one number of threads: its times, and its choices by density bucket.
+
+    The key names all that in plain text; it stands in the files.
+    """
+
+    __slots__ = ("calls", "choices", "dense_is_warm", "generation", "key", "times")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as new."""
+        self.calls = 0
+        self.times = Times()
+        self.choices: dict[int, str] = {}
+        self.dense_is_warm = False
+        self.generation = -1

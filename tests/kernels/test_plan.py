@@ -1,0 +1,388 @@
+"""The plan chooses the faster implementation, spends little on finding out, and remembers; by a clock made for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import granet_kernels
+from granet_kernels import plan, plan_files
+from granet_kernels.cpu_backend import library
+from granet_kernels.layout import bucket_of, layout_of
+from granet_kernels.plan import DENSE, NATIVE, Plan
+from granet_kernels.plan_times import Times
+
+
+class Machine:
+    """Runs what a plan chooses, in time that it makes up. `dense` and `native(density)` are seconds."""
+
+    def __init__(self, dense, native, cache=None, mode="measured", step=0.0):
+        self.now, self.dense, self.native, self.step = 100.0, dense, native, step
+        self.plan = Plan(lambda: self.now, mode, cache)
+        self.site = self.plan.site("linear forward")
+        self.ran = []
+
+    def call(self, mask, site=None):
+        site = site or self.site
+        layout = layout_of(mask)
+        implementation, timed = self.plan.choose(site, layout)
+        layout.last["forward"] = (site, implementation, layout.bucket)
+        seconds = self.dense if implementation == DENSE else self.native(layout.density)
+        self.now += seconds
+        if timed:
+            self.plan.record(site, layout, implementation, seconds)
+        self.now += self.step
+        self.ran.append(implementation)
+        return implementation
+
+    def settle(self, mask, calls=200):
+        for _ in range(calls):
+            last = self.call(mask)
+        return last
+
+
+def mask_of(density, numel=1000):
+    mask = torch.zeros(numel // 10, 10, dtype=torch.bool)
+    mask.view(-1)[: round(numel * density)] = True
+    return mask
+
+
+def linear_time(dense_density):
+    """Native seconds that equal a dense 1 ms at this density."""
+    return lambda density: 1e-4 + 9e-4 * density / dense_density
+
+
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.35, 0.25, 0.1, 0.01, 0])
+@pytest.mark.parametrize("break_even", [0.05, 0.3, 0.8])
+def test_settles_on_the_faster(density, break_even):
+    machine = Machine(1e-3, linear_time(break_even))
+    expected = NATIVE if density < break_even else DENSE
+    assert machine.settle(mask_of(density)) == expected
+    assert machine.ran[50:].count(expected) > 140
+
+
+def test_the_prior_decides_before_anything_is_measured():
+    machine = Machine(1e-3, lambda density: 1e-3)
+    assert machine.call(mask_of(0.5)) == DENSE
+    assert machine.call(mask_of(0.1)) == NATIVE
+
+
+def test_equal_times_leave_the_incumbent():
+    machine = Machine(1e-3, lambda density: 0.96e-3)
+    assert machine.settle(mask_of(0.5)) == DENSE
+    machine = Machine(0.96e-3, lambda density: 1e-3)
+    assert machine.settle(mask_of(0.1)) == NATIVE
+
+
+def test_the_first_call_of_a_candidate_is_no_sample():
+    machine = Machine(1e-3, lambda density: 5e-4)
+    mask = mask_of(0.5)
+    layout, slow = layout_of(mask), 1.0
+    machine.plan.choose(machine.site, layout)
+    for implementation in (DENSE, NATIVE):
+        machine.plan.record(machine.site, layout, implementation, slow)
+        assert machine.site.times.samples(implementation, layout.bucket) == 0
+    assert machine.settle(mask) == NATIVE
+
+
+def test_a_gradually_sparser_mask_is_explored_near_the_break_even_only():
+    machine, densities = Machine(1e-3, linear_time(0.2)), [0.97**i for i in range(110)]
+    losers = []
+    for density in densities:
+        mask = mask_of(density, 100_000)
+        machine.ran.clear()
+        last = machine.settle(mask, 40)
+        losers.append(len([each for each in machine.ran if each != last]))
+        if not 0.15 < density < 0.25:
+            assert last == (NATIVE if density < 0.2 else DENSE), density
+    explored = [density for density, count in zip(densities, losers, strict=True) if count > 1]  # one is a recheck
+    assert sum(losers) < 30
+    assert min(explored) > 0.1
+    assert machine.plan.summary().share < 0.03
+
+
+def test_a_hopeless_candidate_gets_two_calls():
+    machine = Machine(1e-3, lambda density: 0.05)
+    machine.settle(mask_of(0.5), 60)
+    assert machine.ran.count(NATIVE) == 2  # one to warm up
+
+
+def test_measuring_costs_two_per_cent_at_most_beyond_the_allowance():
+    machine, masks = Machine(1e-3, lambda density: 0.05, step=1e-3), [mask_of(0.5) for _ in range(50)]
+    for turn in range(400):
+        for i, mask in enumerate(masks):  # every mask at a site of its own: fifty times two slow calls wanted
+            machine.call(mask, machine.plan.site(f"linear {i}"))
+        spent, elapsed = machine.plan.summary().seconds, machine.now - 100.0
+        assert spent <= 0.2 + 0.02 * elapsed + 0.05, turn
+    assert machine.plan.summary().share < 0.03
+
+
+def test_the_cost_is_what_the_slower_took_longer():
+    machine = Machine(1e-3, lambda density: 3e-3)
+    machine.settle(mask_of(0.5))
+    native = machine.ran.count(NATIVE)
+    assert native > 0
+    assert machine.plan.summary().seconds == pytest.approx(native * 2e-3)
+    assert machine.plan.summary().calls == 200
+    assert "200 calls at 1 sites" in str(machine.plan.summary())
+
+
+def test_a_winner_that_becomes_slow_is_noticed():
+    machine, mask = Machine(1e-3, lambda density: 5e-4), mask_of(0.1)
+    assert machine.settle(mask) == NATIVE
+    machine.native = lambda density: 2e-3
+    assert machine.settle(mask) == DENSE
+
+
+def test_a_loser_that_becomes_fast_is_noticed():
+    machine, mask = Machine(1e-3, lambda density: 2e-3), mask_of(0.5)
+    assert machine.settle(mask) == DENSE
+    machine.native = lambda density: 1e-4
+    assert machine.settle(mask, 5000) == NATIVE
+
+
+def test_a_loser_measured_at_a_bad_moment_gets_another_chance_soon():
+    machine, mask = Machine(1e-3, lambda density: 5e-3), mask_of(0.5)
+    assert machine.settle(mask, 30) == DENSE
+    machine.native = lambda density: 1e-4
+    assert machine.settle(mask, 60) == NATIVE
+
+
+def test_dense_times_serve_all_densities():
+    machine = Machine(1e-3, linear_time(0.2))
+    machine.settle(mask_of(0.5))
+    assert machine.site.times.samples(DENSE, bucket_of(0.01)) >= 3
+
+
+def test_times_at_other_densities_bound_the_native_time():
+    times = Times()
+    for seconds in (3.0, 2.0, 4.0):
+        times.add(NATIVE, bucket_of(0.5), seconds)
+    least, most = times.bounds(bucket_of(0.25))
+    assert least == pytest.approx(1.0 / 1.1)
+    assert most == pytest.approx(2.0 * 1.1)
+    least, most = times.bounds(bucket_of(1))
+    assert least == pytest.approx(2.0 / 1.1)
+    assert most == pytest.approx(4.0 * 1.1)
+
+
+@pytest.mark.parametrize("mode", [NATIVE, DENSE])
+def test_fixed_modes_measure_nothing(mode):
+    machine = Machine(1e-3, lambda density: 1e-3, mode=mode)
+    for density in (0.9, 0.1):
+        machine.settle(mask_of(density))
+    assert set(machine.ran) == {mode}
+    assert machine.plan.summary().seconds == 0
+    assert machine.site.times.as_data() == {"dense": None, "native": {}}
+
+
+def test_use_restores_the_mode_and_sites_follow():
+    machine, mask = Machine(1e-3, lambda density: 5e-4), mask_of(0.5)
+    machine.settle(mask)
+    with machine.plan.use("dense"):
+        assert machine.plan.mode() == "dense"
+        assert machine.call(mask) == DENSE
+    assert machine.plan.mode() == "measured"
+    assert machine.call(mask) == NATIVE
+
+
+def test_a_saved_plan_is_followed_and_nothing_is_measured(tmp_path):
+    machine = Machine(1e-3, linear_time(0.6))
+    for density in (0.8, 0.5, 0.1):
+        machine.settle(mask_of(density))
+    machine.plan.save(tmp_path / "plan.json")
+
+    other = Machine(1e-3, lambda density: 1.0, mode=str(tmp_path / "plan.json"))
+    assert other.settle(mask_of(0.8)) == DENSE
+    assert other.settle(mask_of(0.5)) == NATIVE
+    assert other.settle(mask_of(0.4)) == NATIVE  # between two buckets where native won, and above the prior
+    assert other.settle(mask_of(1)) == DENSE
+    assert other.plan.summary().seconds == 0
+    unknown = other.plan.site("linear backward")
+    assert [other.call(mask_of(density), unknown) for density in (0.5, 0.2)] == [DENSE, NATIVE]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"format": 1}', '{"format": 9, "choices": {}}', '{"format": 1, "choices": {"a": {"3": "x"}}}'],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    machine = Machine(1e-3, lambda density: 1e-3)
+    with pytest.raises(ValueError, match=r"expected a plan as plan\.save writes it, got .*plan\.json"):
+        machine.plan.set_mode(tmp_path / "plan.json")
+    assert machine.plan.mode() == "measured"
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"plan: expected measured, native, dense or a file .*, got 'sparse'"):
+        plan.set_mode("sparse")
+
+
+def test_what_was_measured_is_read_by_the_next_process(tmp_path):
+    cache = tmp_path / "new" / "plan.json"
+    first = Machine(1e-3, lambda density: 5e-4, cache)
+    first.settle(mask_of(0.5))
+    first.plan.save_times()
+    second = Machine(1e-3, lambda density: 5e-4, cache)
+    assert second.settle(mask_of(0.5), 20) == NATIVE
+    assert set(second.ran) == {NATIVE}
+    assert second.plan.summary().seconds == 0
+
+
+def test_the_cache_keeps_what_others_wrote(tmp_path):
+    cache = tmp_path / "plan.json"
+    machines = [Machine(1e-3, lambda density: 5e-4, cache) for _ in range(2)]
+    for name, machine in zip("ab", machines, strict=True):
+        machine.site = machine.plan.site(name)
+        machine.settle(mask_of(0.5))
+    for machine in machines:
+        machine.plan.save_times()
+    data = json.loads(cache.read_text())
+    data["machines"]["another"] = {"c": {"dense": 1.0, "native": {}}}
+    cache.write_text(json.dumps(data))
+    machines[0].settle(mask_of(0.5))
+    machines[0].plan.save_times()
+    data = json.loads(cache.read_text())
+    assert set(data["machines"][plan_files.machine()]) == {"a", "b"}
+    assert "another" in data["machines"]
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 1, "machines": 3}',
+        '{"format": 1, "machines": {"m": {"a": {"dense": -1, "native": {}}}}}',
+    ],
+)
+def test_a_damaged_cache_is_left_aside_with_a_warning_and_replaced(tmp_path, content):
+    cache = tmp_path / "plan.json"
+    cache.write_text(content)
+    machine = Machine(1e-3, lambda density: 5e-4, cache)
+    with pytest.warns(RuntimeWarning, match=r"plan\.json holds no measured times") as warned:
+        assert machine.settle(mask_of(0.5)) == NATIVE
+    assert len(warned) == 1
+    with pytest.warns(RuntimeWarning):
+        machine.plan.save_times()
+    assert plan_files.read_times(cache)
+
+
+def test_a_place_that_cannot_be_written_does_no_harm(tmp_path):
+    (tmp_path / "file").write_text("")
+    machine = Machine(1e-3, lambda density: 5e-4, tmp_path / "file" / "plan.json")
+    assert machine.settle(mask_of(0.5)) == NATIVE
+    machine.plan.save_times()
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_times_are_written_now_and_then(tmp_path):
+    machine = Machine(1e-3, lambda density: 5e-4, tmp_path / "plan.json", step=1.0)
+    machine.settle(mask_of(0.5))
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_the_place_of_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRANET_PLAN_CACHE", str(tmp_path / "mine.json"))
+    assert plan_files.cache_path() == tmp_path / "mine.json"
+    monkeypatch.setenv("GRANET_PLAN_CACHE", "")
+    assert plan_files.cache_path() is None
+    monkeypatch.delenv("GRANET_PLAN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert plan_files.cache_path() == tmp_path / "granet" / "plan.json"
+
+
+def test_the_report_names_what_ran_and_how_much_faster_it_is():
+    machine, mask = Machine(1e-3, lambda density: 2.5e-4), mask_of(0.5)
+    assert machine.plan.report(mask) == {}
+    assert machine.plan.speedup(mask) is None
+    machine.call(mask)
+    assert machine.plan.report(mask) == {"forward": (DENSE, None)}
+    machine.settle(mask)
+    assert machine.plan.report(mask) == {"forward": (NATIVE, pytest.approx(4))}
+    assert machine.plan.speedup(mask) == pytest.approx(4)
+    mask[0, 0] = ~mask[0, 0]
+    assert machine.plan.report(mask) == {"forward": (NATIVE, pytest.approx(4))}
+
+
+def test_many_threads_lose_nothing():
+    machine = Machine(1e-3, lambda density: 5e-4)
+    masks = [mask_of(density) for density in (0.5, 0.1, 0.7)]
+
+    def work():
+        for _ in range(200):
+            for mask in masks:
+                machine.call(mask)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(machine.call(mask) == NATIVE for mask in masks)
+
+
+needs_library = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+
+
+@needs_library
+def test_the_ops_follow_the_plan_and_agree(random_mask):
+    mask, weight = random_mask((30, 40), 0.5), torch.randn(30, 40, requires_grad=True)
+    x = torch.randn(8, 40, requires_grad=True)
+    results = []
+    for mode in (NATIVE, DENSE):
+        with plan.use(mode):
+            y = granet_kernels.linear(x, weight, mask)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
+        assert {way: name for way, (name, _) in plan.report(mask).items()} == dict.fromkeys(plan.DIRECTIONS, mode)
+    for native, dense in zip(*results, strict=True):
+        torch.testing.assert_close(native, dense)
+
+
+@needs_library
+def test_the_ops_are_measured(random_mask):
+    mask, weight, x = random_mask((30, 40), 0.1), torch.randn(30, 40), torch.randn(8, 40)
+    plan.clear()
+    with plan.use("measured"):
+        for _ in range(100):
+            granet_kernels.linear(x, weight, mask)
+        (name, speedup) = plan.report(mask)["forward"]
+    assert name in (NATIVE, DENSE)
+    assert speedup is not None
+    assert plan.summary().calls == 100
+
+
+@needs_library
+def test_a_forked_child_and_the_environment(tmp_path):
+    """GRANET_PLAN is obeyed, a fork while the lock is held does not hang the child, and times are written at exit."""
+    script = """
+import os, threading, torch, granet_kernels
+from granet_kernels import plan
+assert plan.mode() == "measured"
+torch.set_num_threads(1)
+mask, weight, x = torch.ones(9, 8, dtype=torch.bool), torch.randn(9, 8), torch.randn(4, 8)
+run = lambda: [granet_kernels.linear(x, weight, mask) for _ in range(40)]
+run()
+with plan._plan._lock:
+    child = os.fork()
+    if child == 0:
+        run()
+        os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    cache = tmp_path / "plan.json"
+    environment = {**os.environ, "GRANET_PLAN": "measured", "GRANET_PLAN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+    assert len(plan_files.read_times(cache)) == 1
+    environment["GRANET_PLAN"] = "spares"
+    failed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert "plan: expected measured, native, dense or a file that plan.save wrote, got 'spares'" in failed.stderr
