@@ -1,0 +1,1 @@
+"""Benchmarks against dense torch and against peers: `make bench` runs them all."""
