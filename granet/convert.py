@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from granet import masked, modules
+from granet import fusion, masked, modules
 from granet.granularity import Granularity, Unstructured, parse
 from granet.modules import SPARSE_CLASS, SparseLayer
 from granet.names import suggestion
@@ -19,7 +19,10 @@ Exclude = str | type[nn.Module]
 
 
 def sparsify(
-    model: nn.Module, granularity: str | Granularity = "unstructured", exclude: Exclude | Iterable[Exclude] = ()
+    model: nn.Module,
+    granularity: str | Granularity = "unstructured",
+    exclude: Exclude | Iterable[Exclude] = (),
+    fuse: bool = True,
 ) -> nn.Module:
     """Make the Linear and Conv weights of `model` ready to be sparse, in place.
 
@@ -27,12 +30,15 @@ def sparsify(
     state_dict keys. The weights of nn.MultiheadAttention, of other convolutions and of subclasses of these layers are
     declared too; they keep their dense products and get a masked gradient. Until a Sparsifier binds them, all compute
     what they did. A layer that is sparse already gets the new granularity, or is left as it is where it is excluded.
+    Batch norms with the ReLUs behind them, and max-pools, run natively where that is faster; see granet.fusion.
 
     Args:
         model: any module; may be a single layer.
         granularity: "unstructured", "block:ROWSxCOLS", "N:M", "filter", or a Granularity.
         exclude: layers that stay dense: names ("classifier" takes in "classifier.0"), globs ("*.downsample.0") or
             module types.
+        fuse: whether nn.BatchNorm2d, nn.MaxPool2d, nn.Sequential and torchvision's residual blocks become granet's own
+            subclasses, which compute the same.
 
     Returns:
         `model`.
@@ -55,6 +61,8 @@ def sparsify(
         _check(name, module, granularity, shared)
     for _, module in targets:
         _declare(module, granularity)
+    if fuse:
+        fusion.fuse(model)
     return model
 
 

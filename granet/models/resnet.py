@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granet.models.init import init_convs
+from granet.norms import norm_relu
 
 
 class BasicBlock(nn.Module):
@@ -29,12 +30,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, height, width) -> (batch, out_channels, ceil(height / stride), ceil(width / stride))."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.conv2(norm_relu(self.bn1, self.conv1(x)))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         if any(self.channel_padding):
             shortcut = F.pad(shortcut, (0, 0, 0, 0, *self.channel_padding))
-        return F.relu(y + shortcut)
+        return norm_relu(self.bn2, y, shortcut)
 
 
 class CifarResNet(nn.Module):
@@ -56,7 +56,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, height, width) -> (batch, num_classes)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = norm_relu(self.bn1, self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits

@@ -83,6 +83,119 @@ def conv2d_wgrad_ref(
     return on_mask(w_grad, mask, dense_wgrad)
 
 
+def norm_ref(
+    x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and residual (n, c, h, w), gamma and beta (c,) -> y (n, c, h, w), mean, invstd, var (c,).
+
+    y = act((x - mean) * invstd * gamma + beta + residual) with act = max(., 0) if relu. mean and var are those of the
+    batch, var the biased one, invstd = 1 / sqrt(var + eps).
+    """
+    _check_norm(x, [gamma, beta], [residual])
+    mean_kept, var_kept = torch.zeros_like(gamma), torch.zeros_like(gamma)
+    y, mean, invstd = torch.native_batch_norm(x, gamma, beta, mean_kept, var_kept, True, 1.0, eps)
+    count = x.numel() // x.shape[1]
+    if residual is not None:
+        y = y.add_(residual)
+    if relu:
+        y = y.relu_()
+    # What torch keeps at momentum 1 is the unbiased variance; asking for the variance would read x once more.
+    return y.contiguous(memory_format=image_format(x, x)), mean, invstd, var_kept * ((count - 1) / count)
+
+
+def norm_backward_ref(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad, x, y (n, c, h, w), the rest (c,) -> gradients of x, gamma, beta and residual, of their shapes.
+
+    y is given if and only if there was a residual and relu; else the gradient of the residual is empty, (0,).
+    """
+    _check_norm(x, [gamma, beta, mean, invstd], [grad, y])
+    gated = gate(grad, x, y, gamma, beta, mean, invstd) if relu else grad
+    x_grad, gamma_grad, beta_grad = torch.ops.aten.native_batch_norm_backward(
+        gated, x, gamma, None, None, mean, invstd, True, eps, [True, True, True]
+    )
+    layout = image_format(x, x)
+    residual_grad = grad.new_empty(0) if y is None else gated.contiguous(memory_format=layout)
+    return x_grad.contiguous(memory_format=layout), gamma_grad, beta_grad, residual_grad
+
+
+def gate(
+    grad: Tensor, x: Tensor, y: Tensor | None, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor
+) -> Tensor:
+    """The gradient before the activation max(., 0): zero where its result y is; without y, that is computed anew."""
+    if y is None:
+        scale = gamma * invstd
+        y = torch.addcmul(_per_channel(beta - mean * scale), x, _per_channel(scale))
+    return torch.where(y <= 0, 0, grad)  # NaN passes, as in torch
+
+
+def norm_gradients(gated: Tensor, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, gamma and beta from the one before the activation, by operations that autograd sees through.
+
+    What norm_backward_ref computes, statistics included, for derivatives of a higher order.
+    """
+    dims, count = (0, 2, 3), x.numel() // x.shape[1]
+    centred = x - x.mean(dims, keepdim=True)
+    invstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normal = centred * invstd
+    gamma_grad, beta_grad = (gated * normal).sum(dims), gated.sum(dims)
+    mean_part = (_per_channel(beta_grad) + normal * _per_channel(gamma_grad)) / count
+    return _per_channel(gamma) * invstd * (gated - mean_part), gamma_grad, beta_grad
+
+
+def _check_norm(x: Tensor, channels: Sequence[Tensor], images: Sequence[Tensor | None]) -> None:
+    """ValueError unless `channels` are (c,) and `images` of the shape of x: torch would read beyond their ends."""
+    if x.dim() != 4 or any(values.shape != x.shape[1:2] for values in channels):
+        shapes = [tuple(values.shape) for values in channels]
+        raise ValueError(f"norm: expected x (n, c, h, w) and values (c,), got shapes {tuple(x.shape)} and {shapes}")
+    for image in images:
+        if image is not None and image.shape != x.shape:
+            raise ValueError(f"norm: expected images of shape {tuple(x.shape)}, got shape {tuple(image.shape)}")
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """(c,) -> (c, 1, 1)"""
+    return values[:, None, None]
+
+
+def max_pool_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, c, h, w) -> the greatest of every 2 x 2 pixels (n, c, h // 2, w // 2), and which it was, uint8.
+
+    0 to 3 number the four pixels row by row; NaN is above all, and of equal values it is the first.
+    """
+    y, index = F.max_pool2d(x, 2, return_indices=True)
+    row, column = index // x.shape[3], index % x.shape[3]
+    return y.contiguous(), (2 * (row % 2) + column % 2).to(torch.uint8).contiguous()
+
+
+def max_pool_backward_ref(grad: Tensor, which: Tensor, h: int, w: int) -> Tensor:
+    """grad and which (n, c, h // 2, w // 2) -> the gradient of x (n, c, h, w): grad where a pixel was taken, else 0."""
+    x_grad = grad.new_zeros(*grad.shape[:2], h, w)
+    for number in range(4):
+        _every_other(x_grad, number).copy_(torch.where(which == number, grad, 0))
+    return x_grad
+
+
+def pick_pixels(x: Tensor, which: Tensor) -> Tensor:
+    """x (n, c, h, w) -> of every 2 x 2 pixels the one that `which` names, (n, c, h // 2, w // 2)."""
+    return torch.stack([torch.where(which == number, _every_other(x, number), 0) for number in range(4)]).sum(0)
+
+
+def _every_other(x: Tensor, number: int) -> Tensor:
+    """Pixel `number` of every 2 x 2 of x, as a view."""
+    h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    return x[:, :, number // 2 : h : 2, number % 2 : w : 2]
+
+
 def topk_mask_ref(scores: Tensor, counts: Tensor, offsets: Tensor, eligible: Tensor | None = None) -> Tensor:
     """scores (units,) float32, counts (S,) and offsets (S+1,) int64, eligible (units,) bool -> (units,) bool.
 

@@ -1,23 +1,34 @@
 // Batch norm of one channel: runs of `count` pixels, `stride` floats apart, one run an image. Included by kernels.inl.
 
-// Sums of vectors are kept in float for one run and in double over the runs, as torch does over everything.
+// Sums are kept in vectors of float for so many additions a lane, and in double from there on.
+constexpr int64_t FLOAT_ADDITIONS = 32;
+
+inline double sum_of_lanes(Vec v) {
+    double sum = 0;
+    for (int k = 0; k < LANES; ++k) sum += double(v[k]);
+    return sum;
+}
+
 template <typename Term>
 inline __attribute__((always_inline)) double sum_runs(const Channel& c, const Term& term) {
     double total = 0;
+    Vec acc[4] = {};
+    int64_t additions = 0;
     for (int64_t r = 0; r < c.runs; ++r) {
         const int64_t begin = r * c.stride;
-        Vec acc[4] = {};
         int64_t i = 0;
         for (; i + 4 * LANES <= c.count; i += 4 * LANES) {
             GRANET_UNROLL
             for (int k = 0; k < 4; ++k) acc[k] += term.vector(begin + i + k * LANES);
         }
-        for (; i + LANES <= c.count; i += LANES) acc[0] += term.vector(begin + i);
-        const Vec sum = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-        float lanes = 0;
-        for (int k = 0; k < LANES; ++k) lanes += sum[k];
-        for (; i < c.count; ++i) lanes += term.scalar(begin + i);
-        total += double(lanes);
+        for (int k = 0; i + LANES <= c.count; i += LANES, ++k) acc[k] += term.vector(begin + i);
+        for (; i < c.count; ++i) total += double(term.scalar(begin + i));
+        additions += c.count / (4 * LANES) + 1;
+        if (additions >= FLOAT_ADDITIONS || r + 1 == c.runs) {
+            total += sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+            for (Vec& each : acc) each = Vec{};
+            additions = 0;
+        }
     }
     return total;
 }
@@ -105,9 +116,10 @@ template <Gate GATE>
 void norm_gradient_sums_as(const Channel& c, const NormGradient& a, double* sum, double* product) {
     const GatedGradient<GATE> gate{a};
     double totals[2] = {0, 0};
+    Vec sums[2] = {}, products[2] = {};
+    int64_t additions = 0;
     for (int64_t r = 0; r < c.runs; ++r) {
         const int64_t begin = r * c.stride;
-        Vec sums[2] = {}, products[2] = {};
         int64_t i = 0;
         for (; i + 2 * LANES <= c.count; i += 2 * LANES) {
             GRANET_UNROLL
@@ -117,24 +129,24 @@ void norm_gradient_sums_as(const Channel& c, const NormGradient& a, double* sum,
                 products[k] += g * (load(a.x + begin + i + k * LANES) - a.mean);
             }
         }
-        for (; i + LANES <= c.count; i += LANES) {
+        if (i + LANES <= c.count) {
             const Vec g = gate.vector(begin + i);
             sums[0] += g;
             products[0] += g * (load(a.x + begin + i) - a.mean);
-        }
-        const Vec s = sums[0] + sums[1], p = products[0] + products[1];
-        float lanes[2] = {0, 0};
-        for (int k = 0; k < LANES; ++k) {
-            lanes[0] += s[k];
-            lanes[1] += p[k];
+            i += LANES;
         }
         for (; i < c.count; ++i) {
             const float g = gate.scalar(begin + i);
-            lanes[0] += g;
-            lanes[1] += g * (a.x[begin + i] - a.mean);
+            totals[0] += double(g);
+            totals[1] += double(g) * (double(a.x[begin + i]) - double(a.mean));
         }
-        totals[0] += double(lanes[0]);
-        totals[1] += double(lanes[1]);
+        additions += c.count / (2 * LANES) + 1;
+        if (additions >= FLOAT_ADDITIONS || r + 1 == c.runs) {
+            totals[0] += sum_of_lanes(sums[0] + sums[1]);
+            totals[1] += sum_of_lanes(products[0] + products[1]);
+            for (int k = 0; k < 2; ++k) sums[k] = products[k] = Vec{};
+            additions = 0;
+        }
     }
     *sum = totals[0];
     *product = totals[1];

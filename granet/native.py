@@ -1,0 +1,41 @@
+"""When a module may leave torch's own operations for native ones, and how it stays a leaf of traced graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import granet_kernels
+from granet_kernels.cpu_backend import library
+
+LEAST_VALUES = 2**17  # of an image batch: below, the call of the op costs more than its native code saves
+
+
+def is_native_image(x: Tensor) -> bool:
+    """Whether native code takes x, and is faster: a large batch of images in float32, contiguous, on the cpu.
+
+    Not under torch.compile, which fuses by itself, nor in a run that the plan fixes to be dense.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # custom ops have no rule for vmap and torch.func.grad
+        and type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.is_contiguous()
+        and x.numel() >= LEAST_VALUES
+        and granet_kernels.plan.mode() != "dense"
+        and library.unavailable() is None
+    )
+
+
+def traced(module: nn.Module, input: Tensor) -> Tensor | None:
+    """The node of a call of `module` while torch.fx traces, as for torch's own class; None if it does not."""
+    if not isinstance(input, fx.Proxy):
+        return None
+    tracer: Any = input.tracer
+    leaf: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+    return leaf

@@ -1,0 +1,285 @@
+"""granet::norm: batch norm, residual and ReLU against torch's operations in float64, and the native code for it.
+
+New memory holds NaN here, so an output that is not written everywhere fails.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from granet_kernels import norm
+from granet_kernels.cpu_backend import library
+
+OPS = torch.ops.granet
+EPS = 1e-3
+SHAPES = [
+    (n, c, side, side)
+    for n in (1, 5, 16)
+    for c in (1, 7, 64)
+    for side in (1, 3, 7, 16)
+    if n * side > 1  # one value a channel has no variance
+]
+FORMS = {"plain": (False, False), "relu": (False, True), "residual": (True, False), "residual-relu": (True, True)}
+ISAS = ["portable", "avx2", "avx512"]
+needs_library = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+forms = pytest.mark.parametrize(("added", "relu"), FORMS.values(), ids=FORMS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_nan_in_new_memory():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def operands(shape, added, dtype=torch.float32):
+    """x of mean 0.5, gamma of both signs, beta, residual or None, gradient of y."""
+    x, residual, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    gamma, beta = torch.randn(shape[1], dtype=dtype), torch.randn(shape[1], dtype=dtype)
+    return x + 0.5, gamma, beta, residual if added else None, grad
+
+
+def torchs(x, gamma, beta, residual, eps, relu):
+    y = F.batch_norm(x, None, None, gamma, beta, True, 0.0, eps)
+    y = y if residual is None else y + residual
+    dims = (0, 2, 3)
+    return F.relu(y) if relu else y, x.mean(dims), x.var(dims, correction=0)
+
+
+def results(function, x, gamma, beta, residual, grad, relu):
+    """y, mean, var, and the gradients of x, gamma, beta and, if there is one, residual."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, gamma, beta, residual)]
+    y, mean, var = function(*leaves, EPS, relu)
+    gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad)
+    return y.detach(), mean.detach(), var.detach(), *gradients
+
+
+def away_from_the_kink(x, gamma, beta, residual, grad, relu):
+    """The operands with no gradient where rounding decides on which side of zero the activation is fed."""
+    if not relu:
+        return x, gamma, beta, residual, grad
+    fed = torchs(*(None if t is None else t.double() for t in (x, gamma, beta, residual)), EPS, False)[0]
+    return x, gamma, beta, residual, torch.where(fed.abs() < 1e-4, 0, grad)
+
+
+def assert_as_torch(actual, tensors, relu, assert_as_accurate):
+    theirs = results(torchs, *tensors, relu)
+    exact = results(torchs, *(None if t is None else t.double() for t in tensors), relu)
+    for index, (own, torch_own, true) in enumerate(zip(actual, theirs, exact, strict=True)):
+        # Gradients are differences of sums: what is lost is in proportion to what was added up.
+        slack = 0 if index < 3 else 1e-6 * float(tensors[4].double().norm())
+        assert (own.double() - true).abs().max() <= max(
+            2 * (torch_own.double() - true).abs().max(), slack + 4e-7 * true.abs().max()
+        )
+    assert_as_accurate(actual[0], theirs[0], exact[0])
+
+
+def test_hand_worked():
+    x = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1).requires_grad_()
+    gamma, beta = torch.tensor([2.0]), torch.tensor([0.5])
+    y, mean, var = norm(x, gamma, beta, torch.tensor([1.0, 1.0]).reshape(2, 1, 1, 1), eps=0.0, relu=True)
+    assert (y.flatten().tolist(), mean.tolist(), var.tolist()) == ([0.0, 3.5], [2.0], [1.0])
+    assert not mean.requires_grad
+    assert not var.requires_grad
+    # What is cut off at zero has no gradient: g = (0, 1), xhat = (-1, 1), dx = 2 * (g - 1/2 - xhat * 1/2).
+    assert torch.autograd.grad(y.sum(), x)[0].flatten().tolist() == [0.0, 0.0]
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_torch(shape, added, relu, assert_as_accurate):
+    tensors = away_from_the_kink(*operands(shape, added), relu)
+    assert_as_torch(results(norm, *tensors, relu), tensors, relu, assert_as_accurate)
+
+
+@needs_library
+@forms
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(5, 7, 1, 1), (1, 1, 7, 7), (16, 7, 3, 3), (5, 64, 16, 16)], ids=str)
+def test_every_instruction_set_and_number_of_threads(shape, isa, added, relu, assert_as_accurate, isa_used):
+    tensors = away_from_the_kink(*operands(shape, added), relu)
+    with isa_used(isa):
+        actual = results(norm, *tensors, relu)
+        for threads in (2, 4):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, actual, results(norm, *tensors, relu)))
+    assert_as_torch(actual, tensors, relu, assert_as_accurate)
+
+
+@needs_library
+def test_contiguous_float32_runs_natively_and_nothing_else(monkeypatch):
+    class Counting:
+        calls = 0
+
+        def __getattr__(self, name):
+            Counting.calls += 1
+            return getattr(native, name)
+
+    native = library.load()
+    monkeypatch.setattr(library, "load", Counting)
+    x, gamma, beta, residual, grad = operands((2, 3, 4, 4), True)
+    results(norm, x, gamma, beta, residual, grad, True)
+    assert Counting.calls == 2
+    last = x.contiguous(memory_format=torch.channels_last)
+    results(norm, last, gamma, beta, residual, grad, True)
+    results(norm, *(t.double() for t in (x, gamma, beta, residual, grad)), True)
+    assert Counting.calls == 2
+    # Operands of any strides are taken if x is contiguous.
+    expanded = grad[:1, :1].expand(2, 3, 4, 4)
+    results(norm, x, gamma.repeat(2)[::2], beta, residual.transpose(2, 3), expanded, True)
+    assert Counting.calls == 4
+
+
+LAYOUTS = {
+    "channels-last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@forms
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_strided_images(layout, added, relu):
+    x, gamma, beta, residual, grad = away_from_the_kink(*operands((5, 7, 3, 4), added), relu)
+    strided = [t if t is None else layout(t) for t in (x, residual, grad)]
+    tensors = strided[0], gamma, beta, *strided[1:]
+    actual = results(norm, *tensors, relu)
+    for own, true in zip(actual, results(torchs, *tensors, relu), strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-5, atol=1e-5)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last) == (layout is LAYOUTS["channels-last"])
+
+
+@forms
+@pytest.mark.parametrize("isa", [None, *ISAS])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("spoiled", ["x", "gamma", "beta", "residual", "gradient"])
+def test_what_is_not_finite_is_where_torch_has_it(spoiled, value, isa, added, relu, isa_used):
+    """The result is torch's. Where a gradient is not finite, sums in another order make NaN of torch's inf."""
+    tensors = away_from_the_kink(*operands((3, 5, 3, 7), added), relu)
+    target = dict(zip(["x", "gamma", "beta", "residual", "gradient"], tensors, strict=True))[spoiled]
+    if target is None:
+        pytest.skip("there is no residual")
+    target.reshape(-1)[2] = value
+    if isa is None:
+        tensors = [t if t is None else t.double() for t in tensors]
+        actual = results(norm, *tensors, relu)
+    else:
+        if library.unavailable() is not None:
+            pytest.skip("no native library")
+        with isa_used(isa):
+            actual = results(norm, *tensors, relu)
+    for index, (own, true) in enumerate(zip(actual, results(torchs, *tensors, relu), strict=True)):
+        if index >= 3:
+            own, true = (torch.where(t.isfinite(), t, torch.nan) for t in (own, true))
+        torch.testing.assert_close(own, true, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@forms
+def test_gradcheck_twice(added, relu):
+    *tensors, _ = operands((3, 2, 2, 2), added, torch.float64)
+    leaves = [t if t is None else t.requires_grad_() for t in tensors]
+
+    def function(*tensors):
+        return norm(*tensors, EPS, relu)[0]
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@forms
+def test_a_gradient_penalty_is_torchs(added, relu):
+    """Second derivatives behind the native op too."""
+    *tensors, grad = away_from_the_kink(*operands((4, 3, 3, 3), added), relu)
+
+    def penalty_gradients(function):
+        leaves = [t.detach().requires_grad_() for t in tensors if t is not None]
+        padded = leaves if added else [*leaves, None]
+        y = function(*padded, EPS, relu)[0]
+        first = torch.autograd.grad((y.sin() * grad).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for own, true in zip(penalty_gradients(norm), penalty_gradients(torchs), strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("needed", range(4), ids=["x", "gamma", "beta", "residual"])
+def test_each_gradient_alone(needed):
+    *tensors, grad = away_from_the_kink(*operands((4, 3, 3, 3), True), True)
+    everything = results(norm, *tensors, grad, True)[3:]
+    tensors[needed].requires_grad_()
+    (alone,) = torch.autograd.grad(norm(*tensors, EPS, True)[0], tensors[needed], grad)
+    assert torch.equal(alone, everything[needed])
+
+
+@forms
+@pytest.mark.parametrize("layout", [torch.clone, LAYOUTS["channels-last"]], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype, layout, added, relu):
+    torch.use_deterministic_algorithms(False)
+    x, gamma, beta, residual, grad = operands((3, 4, 3, 3), added, dtype)
+    x, grad = layout(x), layout(grad)
+    leaves = [t if t is None else t.requires_grad_() for t in (x, gamma, beta, residual)]
+    torch.library.opcheck(OPS.norm.default, (*leaves, EPS, relu))
+    y, mean, invstd, _ = OPS.norm(*leaves, EPS, relu)
+    saved = y.detach() if added and relu else None
+    backward = grad.requires_grad_(), x, saved, gamma, beta.detach(), mean, invstd, EPS, relu
+    torch.library.opcheck(OPS.norm_backward.default, backward)
+
+
+def test_compiled_without_a_break(compiled_once):
+    *tensors, grad = operands((3, 4, 3, 3), True)
+
+    def function(*tensors):
+        return norm(*tensors, EPS, True)[0]
+
+    leaves = [t.requires_grad_() for t in tensors]
+    actual = torch.autograd.grad(compiled_once(function)(*leaves), leaves, grad)
+    assert all(map(torch.equal, actual, torch.autograd.grad(function(*leaves), leaves, grad)))
+
+
+def test_flops_are_not_counted():
+    *tensors, _ = operands((3, 4, 3, 3), True)
+    with FlopCounterMode(display=False) as counter:
+        norm(*(t.requires_grad_() for t in tensors), EPS, True)[0].sum().backward()
+    assert counter.get_total_flops() == 0
+
+
+BAD = {
+    "x dtype": ({"x": torch.ones(2, 3, 4, 4).half()}, "expected x of dtype float32 or float64, got torch.float16"),
+    "x 3-D": ({"x": torch.ones(2, 3, 4)}, r"expected x of shape \(n, c, h, w\), got shape \(2, 3, 4\)"),
+    "one value": ({"x": torch.ones(1, 3, 1, 1)}, r"more than one value a channel, got shape \(1, 3, 1, 1\)"),
+    "no value": ({"x": torch.ones(0, 3, 4, 4)}, r"more than one value a channel, got shape \(0, 3, 4, 4\)"),
+    "gamma dtype": ({"gamma": torch.ones(3).double()}, "expected gamma of dtype torch.float32, got torch.float64"),
+    "gamma shape": ({"gamma": torch.ones(4)}, r"expected gamma of shape \(3,\), got shape \(4,\)"),
+    "beta device": ({"beta": torch.ones(3, device="meta")}, "expected beta on device cpu, got one on meta"),
+    "residual dtype": ({"residual": torch.ones(2, 3, 4, 4).double()}, "expected residual of dtype torch.float32, got"),
+    "residual shape": ({"residual": torch.ones(2, 1, 4, 4)}, r"of the shape of x \(2, 3, 4, 4\), got .*\(2, 1, 4, 4\)"),
+    "eps": ({"eps": -1.0}, r"expected eps >= 0, got -1.0"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_arguments(change, message):
+    good = {"x": torch.ones(2, 3, 4, 4), "gamma": torch.ones(3), "beta": torch.ones(3)}
+    with pytest.raises(ValueError, match=f"norm: .*{message}"):
+        norm(**{**good, **change})
+
+
+@pytest.mark.parametrize("part", ["x", "gamma", "residual", "gradient", "mean"])
+def test_ops_refuse_operands_that_do_not_belong_together(part):
+    x, gamma, beta, residual, grad = operands((2, 3, 4, 4), True)
+    calls = {
+        "x": lambda: OPS.norm(x[0], gamma, beta, None, EPS, False),
+        "gamma": lambda: OPS.norm(x, gamma[:2], beta, None, EPS, False),
+        "residual": lambda: OPS.norm(x, gamma, beta, residual[:1], EPS, False),
+        "gradient": lambda: OPS.norm_backward(grad[:, :2], x, None, gamma, beta, gamma, gamma, EPS, False),
+        "mean": lambda: OPS.norm_backward(grad, x, None, gamma, beta, gamma[:1], gamma, EPS, False),
+    }
+    with pytest.raises(ValueError, match="norm: expected"):
+        calls[part]()
