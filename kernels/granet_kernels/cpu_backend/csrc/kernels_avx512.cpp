@@ -24,8 +24,14 @@ inline __attribute__((always_inline)) void transpose(const float* in, ptrdiff_t 
                                                      Vec (&out)[LANES]) {
     const __mmask16 mask = __mmask16((1u << columns) - 1);
     __m512 r[16], t[16];
-    for (int i = 0; i < 16; ++i)
-        r[i] = i < rows ? _mm512_maskz_loadu_ps(mask, in + i * stride) : _mm512_setzero_ps();
+    for (int i = 0; i < 16; i += 4) {  // in fours, so that few registers hold the addresses
+        const float* row = in + i * stride;
+#if defined(__GNUC__)
+        asm("" : "+r"(row));
+#endif
+        for (int k = 0; k < 4; ++k)
+            r[i + k] = i + k < rows ? _mm512_maskz_loadu_ps(mask, row + k * stride) : _mm512_setzero_ps();
+    }
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);

@@ -140,6 +140,7 @@ Packer::Packer(const Geometry& geometry, const KernelSet& kernels, const Images&
     used_x_.assign(x.source_phases, 0);
     for (int64_t phase : y.source_phase) used_y_[phase] = 1;
     for (int64_t phase : x.source_phase) used_x_[phase] = 1;
+    every_row_ = std::find(used_y_.begin(), used_y_.end(), 0) == used_y_.end();
     at_.assign((last_row_ - first_row_) * x.source, -1);
     for (int64_t r = first_row_; r < last_row_; ++r) {
         const int64_t phase_y = r % y.source_phases, row = r / y.source_phases - origin_;
@@ -216,7 +217,7 @@ void Packer::pack_rows(int64_t begin, int64_t end) {
 void Packer::pack_row_of_pixels(const float* channel, int valid, int64_t begin, int64_t end, char* to) const {
     const int64_t *s = images_.strides, width = g_.x.source;
     const int32_t* at = at_.data() + (begin - first_row_) * width;
-    if (s[2] == width && g_.y.source_phases == 1) {  // rows follow each other: one run of pixels
+    if (s[2] == width && every_row_) {  // rows follow each other: one run of pixels
         k_.pack_pixels(channel + begin * s[2], s[0], valid, (end - begin) * width, s[1], to, at);
         return;
     }

@@ -91,6 +91,7 @@ class Packer {
     std::vector<int32_t> at_;  // byte offset within a channel of each pixel of the rows of the band, -1: not needed
     int64_t first_row_, last_row_;  // image rows of the band
     std::vector<char> used_y_, used_x_;  // whether a tap reads this source phase
+    bool every_row_;                     // whether all are used
 };
 
 // Writes rows [row_begin, row_end) of a finished tile to the images. A row holds `region` bytes:
