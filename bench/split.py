@@ -21,7 +21,8 @@ COLUMNS = (
     *("model", "batch", "dtype", "threads", "sparsity", "granularity", "implementation", "part", "ms", *MACHINE),
 )
 FORWARD, DGRAD, WGRAD, OTHER = "conv forward", "conv dgrad", "conv wgrad", "other"
-PARTS = (FORWARD, DGRAD, WGRAD, "batch norm", "ReLU", "pooling", "optimizer", OTHER)
+NORM = "batch norm, ReLU"  # granet computes them together
+PARTS = (FORWARD, DGRAD, WGRAD, NORM, "pooling", "optimizer", OTHER)
 
 # The first rule with which the name of an operation, or of the outermost one around it, begins.
 _RULES = (
@@ -32,10 +33,12 @@ _RULES = (
     ("granet::conv2d_wgrad", WGRAD),
     ("granet::conv2d", FORWARD),
     ("aten::conv2d", FORWARD),
-    ("aten::batch_norm", "batch norm"),
-    ("aten::native_batch_norm", "batch norm"),
-    ("aten::relu", "ReLU"),
-    ("aten::threshold_backward", "ReLU"),
+    ("granet::norm", NORM),
+    ("aten::batch_norm", NORM),
+    ("aten::native_batch_norm", NORM),
+    ("aten::relu", NORM),
+    ("aten::threshold_backward", NORM),
+    ("granet::max_pool", "pooling"),
     ("aten::max_pool2d", "pooling"),
     ("aten::adaptive_avg_pool2d", "pooling"),
     ("MaxPool2D", "pooling"),

@@ -24,7 +24,7 @@ COLUMNS = (
 )
 DEFAULT = ("dense", "dense-channels_last", "dense-times-mask", "granet", "granet-native")
 # The measured plan begins with a guess and goes on to try its candidates while it works: see granet_kernels.plan.
-PLAN_WARMUP = 2
+PLAN_WARMUP = 10
 
 Key = tuple[str, str, float]  # implementation, granularity, sparsity
 

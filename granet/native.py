@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 import granet_kernels
 from granet_kernels.cpu_backend import library
@@ -21,6 +22,8 @@ def is_native_image(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()  # custom ops have no rule for vmap and torch.func.grad
+        and not torch.jit.is_tracing()  # a traced module is to run without granet
+        and forward_ad._current_level < 0  # nor for forward-mode derivatives
         and type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"

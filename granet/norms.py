@@ -126,4 +126,4 @@ def _is_plain_relu(relu: nn.Module | None) -> bool:
 def _is_bare(module: nn.Module) -> bool:
     """Whether a call of the module is a call of its forward() and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and not any(_GLOBAL_HOOKS)
+    return not any(hooks) and not any(_GLOBAL_HOOKS) and "forward" not in module.__dict__

@@ -132,7 +132,8 @@ class Session:
 def build_session(config: TrainConfig) -> Session:
     """Load the data and build the model, optimizer and Sparsifier of a run that has not begun.
 
-    Seeds torch's global generator and, where the configuration says so, sets torch's number of threads and the plan.
+    Seeds torch's global generator and, unless they are null in the configuration, sets torch's number of threads and
+    the plan. All three hold for the whole process, and stay when the run ends.
 
     Raises:
         ValueError: a value of the configuration does not fit the model, the data or this machine.

@@ -75,8 +75,11 @@ def test_float16_scales_the_loss_on_cuda():
 def test_the_plan_is_the_configurations_or_stays():
     with plan.use("native"):
         build_session(small_config())
+        assert plan.mode() == "rule"
+    with plan.use("native"):
+        build_session(small_config(plan=None))
         assert plan.mode() == "native"
         build_session(small_config(plan="dense"))
         assert plan.mode() == "dense"
-        with pytest.raises(ValueError, match="plan: expected measured, native, dense or a file"):
+        with pytest.raises(ValueError, match="plan: expected measured, rule, native, dense or a file"):
             build_session(small_config(plan="sparse"))

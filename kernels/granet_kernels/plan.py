@@ -1,9 +1,10 @@
 """Which implementation of a sparse op runs: masked dense by torch, or native sparse code; measured while they work.
 
 Every candidate computes the right result, so measuring is letting one of them do the work and looking at the clock: it
-costs what the candidate loses to the winner. That is added up, and stays below 2 % of the time since the first call.
-Measured plans make results differ in the last bits from run to run; a fixed plan ("native", "dense", or a file written
-by `save`) gives the same bits twice.
+costs what the candidate loses to the winner. That is added up, and stays below 2 % of the time since the first call,
+but for calls of more than ten times the winner's time, which count as ten. Measured plans make results differ in the
+last bits from run to run; all others measure nothing and give the same bits twice: "rule" (native up to a density of
+RULE_DENSITY, dense above), "native", "dense", or a file written by `save`.
 
 The environment variable GRANET_PLAN sets the plan to start with. Times are kept in $XDG_CACHE_HOME/granet/plan.json, or
 where GRANET_PLAN_CACHE says; if that is empty, nowhere.
@@ -22,18 +23,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from granet_kernels import plan_files
+from granet_kernels import plan_files, plan_notes
 from granet_kernels.cpu_backend import library
-from granet_kernels.layout import SparseLayout, known_layout
+from granet_kernels.layout import SparseLayout
 from granet_kernels.plan_times import DENSE, NATIVE, NEEDED, Site
 
-MODES = ("measured", NATIVE, DENSE)
-DIRECTIONS = ("forward", "dgrad", "wgrad")
-PRIOR_DENSITY = 0.3  # native below it, until something is measured
+DIRECTIONS = plan_notes.DIRECTIONS
+MEASURED, RULE = "measured", "rule"
+MODES = (MEASURED, RULE, NATIVE, DENSE)
+RULE_DENSITY = 0.5  # native up to it by the rule, and until something is measured; convolutions break even near 0.6
 
 _SHARE, _ALLOWANCE = 0.02, 0.2  # of the time since the first call, and seconds granted from the start
-_PERIOD = 16  # of so many calls of a winner one is timed
-_RECHECK = 2048  # of so many calls one goes to the loser, in case it was measured at a bad moment; early on, more do
+_MOST_LOSS = 10.0  # winner's times charged for one call: a stall of the machine must not end the exploration
+_PERIOD = 16  # of so many calls at one density one is timed, once there is a winner
+_RECHECK = 2048  # of so many one goes to the loser, in case it was measured at a bad moment; early on, more do
 _SAVE_EVERY = 60.0
 _MOST_SITES = 8192
 
@@ -76,11 +79,11 @@ class Plan:
         self._lock = threading.Lock()
         self._is_set_up = False
         self._sites: dict[tuple[str, str], Site] = {}
-        self._generation = 0  # of the choices: a site of another one makes its choices anew
+        self._generation = 0  # of the fixed plan: a site of another one looks its choices up anew
         self._cached: plan_files.Entries | None = None
         self._began: float | None = None
         self._saved_at = 0.0
-        self._spent = 0.0
+        self._spent = self._charged = 0.0  # seconds, and as they count for the budget
         self._unsaved = False
 
     def clear(self) -> None:
@@ -88,19 +91,25 @@ class Plan:
         with self._lock:
             for site in self._sites.values():
                 site.forget()
-            self._generation += 1
             self._cached = self._began = None
-            self._spent = 0.0
+            self._spent = self._charged = 0.0
             self._unsaved = False
 
     def mode(self) -> str:
-        """ "measured", "native", "dense", or the path of the fixed plan in use."""
+        """One of MODES, or the path of the fixed plan in use.
+
+        Raises:
+            ValueError: GRANET_PLAN, which says what to begin with, is neither.
+        """
         if not self._is_set_up:
-            self.set_mode(self._mode)
+            try:
+                self.set_mode(self._mode)
+            except ValueError as error:
+                raise ValueError(f"GRANET_PLAN: {str(error).removeprefix('plan: ')}") from None
         return self._mode
 
     def set_mode(self, name: str | os.PathLike[str]) -> None:
-        """Use a mode, or a fixed plan from a file.
+        """Use a mode, or a fixed plan from a file, in the whole process. What was measured is kept for later.
 
         Raises:
             ValueError: no such mode, and no such file; or the file holds no plan.
@@ -111,7 +120,7 @@ class Plan:
             self._fixed = plan_files.read_choices(Path(name))
         self._mode = str(name)
         self._is_set_up = True
-        self._generation += 1  # sites drop the choices that they made under another plan
+        self._generation += 1
 
     @contextmanager
     def use(self, name: str | os.PathLike[str]) -> Iterator[None]:
@@ -137,21 +146,33 @@ class Plan:
 
     def choose(self, site: Site, layout: SparseLayout) -> tuple[str, bool]:
         """The implementation for this call, and whether to time it: then `record` has to follow."""
-        site.calls += 1
-        if site.generation != self._generation:
-            self._renew(site)
+        mode = self._mode if self._is_set_up else self.mode()
+        count = site.count(layout.bucket)
+        if mode != MEASURED:
+            return self._fixed_choice(mode, site, layout), False
+        if not site.is_set_up:
+            self._set_up_measuring(site)
         choice = site.choices.get(layout.bucket)
-        if choice is None or (site.calls % _PERIOD == 0 and self._mode == "measured"):
-            return self._decide(site, layout)
+        if choice is None or count % _PERIOD == 0:
+            return self._decide(site, layout, count)
         return choice, False
 
-    def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float) -> None:
-        """Take down what a timed call took. The first of its kind counts as cost, but is no sample: it prepares."""
+    def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
+        """Take down what a timed call took.
+
+        Args:
+            warm: `is_warm` before the call. A native call that is not, and the first dense one at a site, count as
+                cost, but are no samples: they prepare.
+        """
         with self._lock:
             other = site.times.time(DENSE if implementation == NATIVE else NATIVE, layout.bucket)
             if other is not None and site.choices.get(layout.bucket) != implementation:
-                self._spent += max(0.0, seconds - other)
-            if self._was_warm(site, layout, implementation):
+                loss = max(0.0, seconds - other)
+                self._spent += loss
+                self._charged += min(loss, _MOST_LOSS * other)
+            if implementation == DENSE:
+                warm, site.dense_is_warm = site.dense_is_warm, True
+            if warm:
                 site.times.add(implementation, layout.bucket, seconds)
                 self._unsaved = True
         if self._unsaved and self._clock() - self._saved_at > _SAVE_EVERY:
@@ -159,12 +180,12 @@ class Plan:
 
     def report(self, mask: Tensor) -> dict[str, tuple[str, float | None]]:
         """By direction, what the last call with this mask ran, and how much faster than dense; None if unknown."""
-        seconds = self._seconds(mask)
+        seconds = plan_notes.last_times(mask)
         return {way: (name, dense / own if dense and own else None) for way, (name, dense, own) in seconds.items()}
 
     def speedup(self, mask: Tensor) -> float | None:
         """Dense time over the time of what runs, all directions together; None while one of them is unknown."""
-        times = self._seconds(mask).values()
+        times = plan_notes.last_times(mask).values()
         if not times or not all(dense and own for _, dense, own in times):
             return None
         return sum(dense or 0.0 for _, dense, _ in times) / sum(own or 0.0 for _, _, own in times)
@@ -174,18 +195,20 @@ class Plan:
         return mask.device.type == "cpu" and library.unavailable() is None
 
     def summary(self) -> Summary:
-        sites = [site for site in list(self._sites.values()) if site.calls]
+        """The calls, and what measuring has cost."""
+        with self._lock:
+            calls = [site.calls for site in self._sites.values() if site.calls]
         elapsed = 0.0 if self._began is None else self._clock() - self._began
-        calls = sum(site.calls for site in sites)
-        return Summary(calls, len(sites), self._spent, self._spent / elapsed if elapsed > 0 else 0.0)
+        return Summary(sum(calls), len(calls), self._spent, self._spent / elapsed if elapsed > 0 else 0.0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the choices made so far as a fixed plan, for set_mode, use or GRANET_PLAN.
+        """Write the choices that measuring has led to so far as a fixed plan, for set_mode, use or GRANET_PLAN.
 
         Raises:
             OSError: the file cannot be written.
         """
-        choices = {site.key: dict(site.choices) for site in list(self._sites.values()) if site.choices}
+        with self._lock:
+            choices = {site.key: dict(site.choices) for site in self._sites.values() if site.choices}
         plan_files.write_choices(Path(path), choices)
 
     def save_times(self) -> None:
@@ -193,46 +216,37 @@ class Plan:
         self._saved_at = self._clock()
         if not self._unsaved or self._cache is None:
             return
-        self._unsaved = False
         isa = library.isa()
-        entries = {key: site.times.as_data() for (its, key), site in list(self._sites.items()) if its == isa}
+        with self._lock:
+            self._unsaved = False
+            entries = {key: site.times.as_data() for (its, key), site in self._sites.items() if its == isa}
         plan_files.write_times(self._cache, {key: e for key, e in entries.items() if e[DENSE] or e[NATIVE]})
 
     def after_fork(self) -> None:
         """A lock that another thread of the parent held would never be released in the child."""
         self._lock = threading.Lock()
 
-    def _renew(self, site: Site) -> None:
-        """Let a site start under the plan in use."""
-        measured = self.mode() == "measured"
-        with self._lock:
-            site.choices.clear()
-            if measured:
-                self._set_up_measuring(site)
-            site.generation = self._generation
-
     def _set_up_measuring(self, site: Site) -> None:
-        if self._began is None:
-            self._began = self._saved_at = self._clock()
-        if self._cached is None:
-            self._cached = {} if self._cache is None else plan_files.read_times(self._cache)
-        entry = self._cached.pop(site.key, None)
-        if entry is not None:
-            site.times.load(entry)
+        with self._lock:
+            if self._began is None:
+                self._began = self._saved_at = self._clock()
+            if self._cached is None:
+                self._cached = {} if self._cache is None else plan_files.read_times(self._cache)
+            entry = self._cached.pop(site.key, None)
+            if entry is not None:
+                site.times.load(entry)
+            site.is_set_up = True
 
-    def _decide(self, site: Site, layout: SparseLayout) -> tuple[str, bool]:
-        if self._mode != "measured":
-            choice = self._mode if self._mode in MODES else self._fixed_choice(site, layout)
-            site.choices[layout.bucket] = choice
-            return choice, False
+    def _decide(self, site: Site, layout: SparseLayout, count: int) -> tuple[str, bool]:
         with self._lock:
             bucket = layout.bucket
-            incumbent = _nearest(site.choices, bucket) or _prior(layout)
+            incumbent = _nearest(site.choices, bucket) or _rule(layout)
             winner = site.times.winner(bucket, incumbent)
             if winner is not None:
                 site.choices[bucket] = winner
                 other = DENSE if winner == NATIVE else NATIVE
-                recheck = _is_recheck(site.calls) and self._affords(site, other, winner, bucket)
+                measured = site.times.samples(other, bucket) > 0
+                recheck = _is_recheck(count, measured) and self._affords(site, other, winner, bucket)
                 return (other if recheck else winner), True
             site.choices.pop(bucket, None)  # until it is known, every call comes here
             if site.times.samples(incumbent, bucket) < NEEDED:
@@ -247,17 +261,22 @@ class Plan:
             expected = site.times.bounds(bucket)[0]
         loss = max(0.0, expected - best) if expected is not None and best is not None else 0.0
         elapsed = self._clock() - (self._began or 0.0)
-        return self._spent + loss < _ALLOWANCE + _SHARE * elapsed
+        return self._charged + loss < _ALLOWANCE + _SHARE * elapsed
 
-    def _was_warm(self, site: Site, layout: SparseLayout, implementation: str) -> bool:
-        if implementation == DENSE:
-            warm, site.dense_is_warm = site.dense_is_warm, True
-            return warm
-        warm = site in layout.seen
-        layout.seen.add(site)
-        return warm
+    def _fixed_choice(self, mode: str, site: Site, layout: SparseLayout) -> str:
+        """The choice of a plan that measures nothing. It leaves the choices of measuring alone."""
+        if mode in (NATIVE, DENSE):
+            return mode
+        if mode == RULE:
+            return _rule(layout)
+        if site.generation != self._generation:
+            site.fixed, site.generation = {}, self._generation
+        choice = site.fixed.get(layout.bucket)
+        if choice is None:
+            choice = site.fixed[layout.bucket] = self._choice_in_file(site, layout)
+        return choice
 
-    def _fixed_choice(self, site: Site, layout: SparseLayout) -> str:
+    def _choice_in_file(self, site: Site, layout: SparseLayout) -> str:
         """The choice in the file, or what follows from its neighbours: sparser is native's side, denser is dense's."""
         choices = self._fixed.get(site.key, {})
         if layout.bucket in choices:
@@ -266,25 +285,16 @@ class Plan:
             return NATIVE
         if any(bucket > layout.bucket and choice == DENSE for bucket, choice in choices.items()):
             return DENSE
-        return _prior(layout)
-
-    def _seconds(self, mask: Tensor) -> dict[str, tuple[str, float | None, float | None]]:
-        """By direction: what ran, the dense time, its own time."""
-        layout = known_layout(mask)
-        last: dict[str, tuple[Site, str, int]] = {} if layout is None else layout.last
-        return {
-            way: (name, site.times.time(DENSE, bucket), site.times.time(name, bucket))
-            for way, (site, name, bucket) in sorted(last.items(), key=lambda item: DIRECTIONS.index(item[0]))
-        }
+        return _rule(layout)
 
 
-def _is_recheck(calls: int) -> bool:
-    """Whether the loser runs in this call: the 64th, 128th, ... 2048th, and from then on every 2048th."""
-    return calls % _RECHECK == 0 or (calls >= 4 * _PERIOD and calls & (calls - 1) == 0)
+def _is_recheck(count: int, measured: bool) -> bool:
+    """Whether the loser runs in this call: every 2048th, and if it was measured, the 64th, 128th, ... 1024th."""
+    return count % _RECHECK == 0 or (measured and count >= 4 * _PERIOD and count & (count - 1) == 0)
 
 
-def _prior(layout: SparseLayout) -> str:
-    return NATIVE if layout.density <= PRIOR_DENSITY else DENSE
+def _rule(layout: SparseLayout) -> str:
+    return NATIVE if layout.density <= RULE_DENSITY else DENSE
 
 
 def _nearest(choices: dict[int, str], bucket: int) -> str | None:
@@ -293,12 +303,13 @@ def _nearest(choices: dict[int, str], bucket: int) -> str | None:
     return choices[min(choices, key=lambda known: abs(known - bucket))]
 
 
-_plan = Plan(time.perf_counter, os.environ.get("GRANET_PLAN") or "measured", plan_files.cache_path())
+_plan = Plan(time.perf_counter, os.environ.get("GRANET_PLAN") or MEASURED, plan_files.cache_path())
 atexit.register(lambda: _plan.save_times())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _plan.after_fork())
 
 mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
+is_warm, note = plan_notes.is_warm, plan_notes.note
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
 save, load, clear = _plan.save, _plan.set_mode, _plan.clear

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 
 from granet_kernels.cpu_backend import library
 
-FORMAT = 1
+FORMAT = 1  # of a fixed plan
+TIMES_FORMAT = 2
 _MOST_ENTRIES = 20_000  # of one machine; the oldest go first
 
 Entries = dict[str, dict[str, Any]]
@@ -22,12 +24,18 @@ Choices = dict[str, dict[int, str]]
 
 
 def cache_path() -> Path | None:
-    """Where measured times are kept: GRANET_PLAN_CACHE, or granet/plan.json in the user's cache; None if it is ""."""
+    """Where measured times are kept: GRANET_PLAN_CACHE, or granet/plan.json in the user's cache.
+
+    None if the variable is "", or the user has no home.
+    """
     named = os.environ.get("GRANET_PLAN_CACHE")
     if named is not None:
         return Path(named) if named else None
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "granet" / "plan.json"
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return None
+    return root / "granet" / "plan.json"
 
 
 def machine() -> str:
@@ -47,7 +55,7 @@ def write_times(path: Path, entries: Entries) -> bool:
         machines = _read_cache(path)
         merged = {**machines.get(machine(), {}), **entries}
         machines[machine()] = dict(list(merged.items())[-_MOST_ENTRIES:])
-        _write(path, {"format": FORMAT, "machines": machines})
+        _write(path, {"format": TIMES_FORMAT, "machines": machines})
     except OSError:
         return False
     return True
@@ -86,7 +94,9 @@ def _read_cache(path: Path) -> dict[str, Entries]:
     try:
         data = json.loads(path.read_bytes())
         machines: dict[str, Entries] = data["machines"]
-        if data["format"] == FORMAT and all(_is_sound(e) for entries in machines.values() for e in entries.values()):
+        if data["format"] == TIMES_FORMAT and all(
+            _is_sound(e) for entries in machines.values() for e in entries.values()
+        ):
             return machines
     except OSError:
         return {}
@@ -97,12 +107,13 @@ def _read_cache(path: Path) -> dict[str, Entries]:
 
 
 def _is_sound(entry: dict[str, Any]) -> bool:
-    times = list(entry["native"].values()) + ([] if entry["dense"] is None else [entry["dense"]])
+    times = [seconds for window in (entry["dense"], *entry["native"].values()) for seconds in window]
     return all(int(bucket) >= 0 for bucket in entry["native"]) and all(0 < t < math.inf for t in times)
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Process ids are not enough: containers that share the folder all have a process 1, and threads share theirs.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(json.dumps(data, indent=1))
         os.replace(temporary, path)

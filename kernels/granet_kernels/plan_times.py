@@ -75,15 +75,16 @@ class Times:
         return challenger if offered < (1 - _MARGIN) * held else incumbent
 
     def as_data(self) -> dict[str, Any]:
-        """The times that count, as plain data: {"dense": s or None, "native": {bucket: s}}."""
-        native = {str(bucket): min(window) for bucket, window in self._native.items() if len(window) >= NEEDED}
-        return {DENSE: min(self._dense) if len(self._dense) >= NEEDED else None, NATIVE: native}
+        """The samples as plain data: {"dense": [s, ...], "native": {bucket: [s, ...]}}, the latest last."""
+        return {
+            DENSE: list(self._dense),
+            NATIVE: {str(bucket): list(window) for bucket, window in self._native.items()},
+        }
 
     def load(self, data: dict[str, Any]) -> None:
-        """Take times of `as_data` as measured."""
-        if data[DENSE] is not None:
-            self._dense = [data[DENSE]] * NEEDED
-        self._native = {int(bucket): [seconds] * NEEDED for bucket, seconds in data[NATIVE].items()}
+        """Take samples of `as_data` as measured here."""
+        self._dense = list(data[DENSE])[-_WINDOW:]
+        self._native = {int(bucket): list(window)[-_WINDOW:] for bucket, window in data[NATIVE].items() if window}
 
     def _predicted(self, bucket: int) -> str | None:
         if len(self._dense) < NEEDED:
@@ -101,10 +102,11 @@ class Times:
 class Site:
     """One op and direction on one geometry, with one number of threads: its times, and its choices by density bucket.
 
-    The key names all that in plain text; it stands in the files.
+    The key names all that in plain text; it stands in the files. `choices` are what measuring has led to, `fixed` those
+    of a fixed plan, looked up under its `generation`.
     """
 
-    __slots__ = ("calls", "choices", "dense_is_warm", "generation", "key", "times")
+    __slots__ = ("choices", "counts", "dense_is_warm", "fixed", "generation", "is_set_up", "key", "times")
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -112,8 +114,18 @@ class Site:
 
     def forget(self) -> None:
         """Be as new."""
-        self.calls = 0
+        self.counts: dict[int, int] = {}
         self.times = Times()
         self.choices: dict[int, str] = {}
-        self.dense_is_warm = False
+        self.fixed: dict[int, str] = {}
+        self.dense_is_warm = self.is_set_up = False
         self.generation = -1
+
+    @property
+    def calls(self) -> int:
+        return sum(list(self.counts.values()))
+
+    def count(self, bucket: int) -> int:
+        """Count a call at a density, and say the how manieth it is: layers of one shape share the site."""
+        self.counts[bucket] = count = self.counts.get(bucket, 0) + 1
+        return count

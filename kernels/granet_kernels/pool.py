@@ -63,7 +63,9 @@ def _max_pool_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Ten
     ctx.save_for_backward(which)
 
 
-def _max_pool_backward(ctx: Any, grad: Tensor, of_which: None) -> Tensor:
+def _max_pool_backward(ctx: Any, grad: Tensor | None, of_which: None) -> Tensor | None:
+    if grad is None:
+        return None
     x_grad: Tensor = max_pool_backward_op(grad, *ctx.saved_tensors, *ctx.size)
     return x_grad
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from granet_kernels import reference
+import granet_kernels
+from granet_kernels import plan, reference
 from granet_kernels.cpu_backend import dense
 
 DTYPES = {
@@ -86,3 +87,13 @@ def test_masking_selects_whatever_the_value(dtype):
 def test_a_full_mask_masks_nothing():
     mask, values = torch.ones(3, 4, dtype=torch.bool), torch.randn(3, 4)
     assert dense._masked(values, mask, full=True) is values
+
+
+def test_autocast_does_not_reach_inside():
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    mask = torch.rand(4, 8) < 0.5
+    image, kernel = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    keep = torch.rand(4, 3, 3, 3) < 0.5
+    with plan.use("dense"), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert granet_kernels.linear(x, weight, mask).dtype == torch.float32
+        assert granet_kernels.conv2d(image, kernel, keep).dtype == torch.float32

@@ -316,3 +316,4 @@ def test_what_the_library_does_not_support_is_computed_densely(monkeypatch, rand
     monkeypatch.setattr(library, "load", Refusing)
     for _ in range(2):
         torch.testing.assert_close(OPS.linear(x, weight, mask, None, None), expected)
+        assert plan.report(mask) == {"forward": ("dense", None)}

@@ -71,6 +71,21 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(lambda x: granet_kernels.max_pool(x) ** 2, x)
 
 
+def test_no_gradient_arrives():
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    Drop.apply(granet_kernels.max_pool(x)).sum().backward()
+    assert x.grad is None
+
+
 def test_opcheck():
     x = torch.randn(2, 3, 6, 5, requires_grad=True)
     opcheck(max_pool_op, (x,))

@@ -15,7 +15,7 @@ from granet_kernels.cpu_backend import library
 from granet_kernels.layout import four
 from granet_kernels.reference import image_format, is_channels_last
 
-_MOST_POSITIONS = 2**31 - 1  # of a mask
+_MOST_POSITIONS = 2**31 - 16  # of a mask: the library counts in 32 bits, and a little ahead
 _MOST_CALLS = 4096
 
 Pair = Sequence[int]

@@ -9,13 +9,17 @@ that out to full size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from granet_kernels.reference import image_format
+
+P = ParamSpec("P")
 
 _BITS = {
     torch.float64: torch.int64,
@@ -25,21 +29,38 @@ _BITS = {
 }
 
 
+def _as_given(compute: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Let it compute in the dtype of its operands under autocast, too: whoever wants them cast has done so."""
+
+    @wraps(compute)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return compute(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return compute(*args, **kwargs)
+
+    return computed
+
+
+@_as_given
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, full: bool = False) -> Tensor:
     """reference.linear_ref."""
     return F.linear(x, _masked(weight, mask, full), bias)
 
 
+@_as_given
 def linear_dgrad(grad: Tensor, weight: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """reference.linear_dgrad_ref."""
     return grad @ _masked(weight, mask, full)
 
 
+@_as_given
 def linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """reference.linear_wgrad_ref; with `full` the dense gradient."""
     return _as_gradient(grad.t() @ x, mask, full)
 
 
+@_as_given
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -56,6 +77,7 @@ def conv2d(
     return y.contiguous(memory_format=image_format(x, weight))
 
 
+@_as_given
 def conv2d_dgrad(
     grad: Tensor,
     weight: Tensor,
@@ -75,6 +97,7 @@ def conv2d_dgrad(
     return x_grad.contiguous(memory_format=layout)
 
 
+@_as_given
 def conv2d_wgrad(
     grad: Tensor,
     x: Tensor,

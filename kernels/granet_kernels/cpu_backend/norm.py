@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from granet_kernels.cpu_backend import library
+from granet_kernels.cpu_backend import library, memory
 from granet_kernels.norm import norm_backward_op, norm_op
 from granet_kernels.reference import norm_backward_ref, norm_ref
 
@@ -22,7 +22,7 @@ def _norm(
     # These names keep the copies alive, where there are any, while the library reads them.
     gamma, beta = gamma.contiguous(), beta.contiguous()
     added = None if residual is None else residual.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = memory.empty(x.shape)
     mean, invstd, var = (torch.empty_like(gamma) for _ in range(3))
     library.check(
         native.granet_norm_forward(
@@ -58,9 +58,9 @@ def _norm_backward(
         return norm_backward_ref(grad, x, y, gamma, beta, mean, invstd, eps, relu)
     grad, out = grad.contiguous(), None if y is None else y.contiguous()
     gamma, beta, mean, invstd = (values.contiguous() for values in (gamma, beta, mean, invstd))
-    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x_grad = memory.empty(x.shape)
     gamma_grad, beta_grad = torch.empty_like(gamma), torch.empty_like(gamma)
-    residual_grad = x.new_empty(0) if y is None else torch.empty_like(x_grad)
+    residual_grad = x.new_empty(0) if y is None else memory.empty(x.shape)
     library.check(
         native.granet_norm_backward(
             _geometry(x, eps, relu),

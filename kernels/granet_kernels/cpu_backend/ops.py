@@ -15,7 +15,7 @@ from torch import Tensor
 
 from granet_kernels import plan
 from granet_kernels.conv2d import conv2d_dgrad_op, conv2d_op, conv2d_wgrad_op
-from granet_kernels.cpu_backend import dense, library
+from granet_kernels.cpu_backend import dense, library, memory
 from granet_kernels.cpu_backend.calls import Call, Pair, find_call
 from granet_kernels.layout import SparseLayout, layout_of
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
@@ -143,13 +143,16 @@ def _run(
     """What the plan chooses for a call, timed where the plan wants to know. `native` gives None for what it cannot."""
     layout = layout_of(mask)
     implementation, timed = plan.choose(call.site, layout)
-    layout.last[call.direction] = (call.site, implementation, layout.bucket)
+    warm = timed and plan.is_warm(call.site, call.direction, layout)
     began = perf_counter()
-    result = native(layout) if implementation == plan.NATIVE else densely(layout.nnz == layout.numel)
+    result = native(layout) if implementation == plan.NATIVE else None
     if result is None:
-        return densely(layout.nnz == layout.numel)
+        timed = timed and implementation == plan.DENSE
+        implementation = plan.DENSE
+        result = densely(layout.nnz == layout.numel)
     if timed:
-        plan.record(call.site, layout, implementation, perf_counter() - began)
+        plan.record(call.site, layout, implementation, perf_counter() - began, warm)
+    plan.note(call.site, call.direction, layout, implementation)
     return result
 
 
@@ -159,7 +162,7 @@ def _forward(
     lib: Any = library.load()
     w = weight if call.fits else _as_mask(weight, mask)
     b = None if bias is None else bias.contiguous()
-    y = torch.empty_strided(call.shape, call.strides, dtype=torch.float32)
+    y = memory.empty_strided(call.shape, call.strides)
     status = lib.granet_conv2d_forward(
         layout.native,
         call.conv,
@@ -177,7 +180,7 @@ def _forward(
 def _dgrad(call: Call, layout: SparseLayout, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor | None:
     lib: Any = library.load()
     w = weight if call.fits else _as_mask(weight, mask)
-    x_grad = torch.empty_strided(call.shape, call.strides, dtype=torch.float32)
+    x_grad = memory.empty_strided(call.shape, call.strides)
     status = lib.granet_conv2d_dgrad(
         layout.native,
         call.conv,
@@ -193,7 +196,7 @@ def _dgrad(call: Call, layout: SparseLayout, grad: Tensor, weight: Tensor, mask:
 
 def _wgrad(call: Call, layout: SparseLayout, grad: Tensor, x: Tensor, mask: Tensor) -> Tensor | None:
     lib: Any = library.load()
-    w_grad = torch.empty_like(mask, dtype=torch.float32)
+    w_grad = memory.empty_like(mask)
     status = lib.granet_conv2d_wgrad(
         layout.native,
         call.conv,

@@ -45,6 +45,7 @@ class Item {
             for (int64_t j = 0; j < g_.row_vectors(); j += g_.tw)
                 tile(i, j, th, int(std::min<int64_t>(g_.tw, g_.row_vectors() - j)));
         }
+        p_.kernels.fence();
     }
 
    private:
@@ -119,12 +120,12 @@ int64_t row_splits(const Geometry& g, int64_t nnz, int threads) {
 
 }  // namespace
 
-int gather(granet_layout* layout, bool by_output, const Axis& y, const Axis& x, int64_t rows, int64_t channels,
+int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis& y, const Axis& x, int64_t rows, int64_t channels,
            const Images& source, const float* weight, const float* bias, float* out, const int64_t out_strides[4],
            int threads) {
-    const KernelSet& k = kernels();
     const Geometry g = make_geometry(y, x, source.n, channels, rows, k, Use::tiles);
-    if (g.panel_bytes() > INT32_MAX) return GRANET_UNSUPPORTED;
+    const int64_t region = g.th * g.tw * g.y.target_phases * g.x.target_phases * g.vector;
+    if (!g.is_supported(rows * region)) return GRANET_UNSUPPORTED;
     const double density = double(layout->nnz()) / double(rows * channels * g.y.target_phases * g.x.target_phases);
     const auto table = layout->table(access_of(g, by_output, block_of(footprint_of(g), channels, density, g.whole)));
     const Scratch values(table->nnz() * sizeof(float));
@@ -134,7 +135,6 @@ int gather(granet_layout* layout, bool by_output, const Axis& y, const Axis& x, 
     const Pass pass{g, k, table, values.as<float>(), bias, source, out, out_strides, splits, stream};
     const int64_t items = g.panels() * g.bands() * splits;
     const int64_t kept_rows = table->blocks == 1 ? CHUNK : rows;
-    const int64_t region = g.th * g.tw * g.y.target_phases * g.x.target_phases * g.vector;
     const ThreadScratch scratch(threads, items, g.panel_bytes(), kept_rows * region);
     parallel_for(threads, items, [&](int64_t i) {
         const ThreadScratch::Lease lease(scratch);
@@ -148,29 +148,27 @@ int gather(granet_layout* layout, bool by_output, const Axis& y, const Axis& x, 
 int granet_conv2d_forward(granet_layout* layout, const granet_conv* c, const float* x, const int64_t x_strides[4],
                           const float* weight, const float* bias, float* y, const int64_t y_strides[4], int threads) {
     using namespace granet;
-    try {
-        if (direct_applies(*c, x_strides, y_strides))
-            return gather_direct(layout, true, c->out, c->in, c->h * c->w, Images{x, x_strides, c->n}, weight, bias, y,
+    return guarded([&] {
+        const KernelSet& k = kernels();
+        if (direct_applies(k, *c, x_strides, y_strides))
+            return gather_direct(k, layout, true, c->out, c->in, c->h * c->w, Images{x, x_strides, c->n}, weight, bias, y,
                                  y_strides, threads);
-        return gather(layout, true, forward_axis(c->h, c->out_h, c->kh, c->stride_h, c->pad_h, c->dil_h),
+        return gather(k, layout, true, forward_axis(c->h, c->out_h, c->kh, c->stride_h, c->pad_h, c->dil_h),
                       forward_axis(c->w, c->out_w, c->kw, c->stride_w, c->pad_w, c->dil_w), c->out, c->in,
                       Images{x, x_strides, c->n}, weight, bias, y, y_strides, threads);
-    } catch (const std::bad_alloc&) {
-        return GRANET_OUT_OF_MEMORY;
-    }
+    });
 }
 
 int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* c, const float* g, const int64_t g_strides[4],
                         const float* weight, float* dx, const int64_t dx_strides[4], int threads) {
     using namespace granet;
-    try {
-        if (direct_applies(*c, g_strides, dx_strides))
-            return gather_direct(layout, false, c->in, c->out, c->h * c->w, Images{g, g_strides, c->n}, weight, nullptr,
+    return guarded([&] {
+        const KernelSet& k = kernels();
+        if (direct_applies(k, *c, g_strides, dx_strides))
+            return gather_direct(k, layout, false, c->in, c->out, c->h * c->w, Images{g, g_strides, c->n}, weight, nullptr,
                                  dx, dx_strides, threads);
-        return gather(layout, false, dgrad_axis(c->out_h, c->h, c->kh, c->stride_h, c->pad_h, c->dil_h),
+        return gather(k, layout, false, dgrad_axis(c->out_h, c->h, c->kh, c->stride_h, c->pad_h, c->dil_h),
                       dgrad_axis(c->out_w, c->w, c->kw, c->stride_w, c->pad_w, c->dil_w), c->in, c->out,
                       Images{g, g_strides, c->n}, weight, nullptr, dx, dx_strides, threads);
-    } catch (const std::bad_alloc&) {
-        return GRANET_OUT_OF_MEMORY;
-    }
+    });
 }

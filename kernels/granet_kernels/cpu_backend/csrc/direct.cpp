@@ -86,18 +86,17 @@ void run_tile(const DirectPass& p, int64_t image, int64_t j, int th, int tw, cha
 
 }  // namespace
 
-bool direct_applies(const granet_conv& c, const int64_t source[4], const int64_t target[4]) {
-    const int64_t pixels = c.h * c.w, lanes = kernels().lanes;
+bool direct_applies(const KernelSet& k, const granet_conv& c, const int64_t source[4], const int64_t target[4]) {
+    const int64_t pixels = c.h * c.w, lanes = k.lanes;
     return c.kh == 1 && c.kw == 1 && c.stride_h == 1 && c.stride_w == 1 && c.pad_h == 0 && c.pad_w == 0 &&
            pixels % lanes == 0 && pixels / lanes >= MIN_VECTORS && rows_follow(source, c.h, c.w) &&
            rows_follow(target, c.h, c.w) && source[1] >= 0 &&
            std::max(c.in, c.out) * source[1] * int64_t(sizeof(float)) <= INT32_MAX;
 }
 
-int gather_direct(granet_layout* layout, bool by_output, int64_t rows, int64_t channels, int64_t pixels,
+int gather_direct(const KernelSet& k, granet_layout* layout, bool by_output, int64_t rows, int64_t channels, int64_t pixels,
                   const Images& source, const float* weight, const float* bias, float* out,
                   const int64_t out_strides[4], int threads) {
-    const KernelSet& k = kernels();
     const Tiling t = tiling(source.n, pixels, k, k.max_tile);
     const auto table = layout->table(direct_access(by_output, source.strides[1], t, rows, channels, layout->nnz()));
     const Scratch values(table->nnz() * sizeof(float));
@@ -113,13 +112,13 @@ int gather_direct(granet_layout* layout, bool by_output, int64_t rows, int64_t c
         const int th = int(std::min<int64_t>(t.th, t.images - image));
         for (int64_t j = 0; j < t.vectors; j += t.tw)
             run_tile(pass, image, j, th, int(std::min<int64_t>(t.tw, t.vectors - j)), lease.second());
+        k.fence();
     });
     return GRANET_OK;
 }
 
-void wgrad_direct(const Table& table, const Images& gradient, const Images& source, int64_t pixels, const Part& part,
+void wgrad_direct(const KernelSet& k, const Table& table, const Images& gradient, const Images& source, int64_t pixels, const Part& part,
                   float* sums) {
-    const KernelSet& k = kernels();
     const Tiling t = tiling(source.n, pixels, k, k.max_dot);
     for (int64_t image = part.image_begin; image < part.image_end; image += t.th) {
         const int th = int(std::min<int64_t>(t.th, part.image_end - image));
@@ -143,8 +142,7 @@ void wgrad_direct(const Table& table, const Images& gradient, const Images& sour
     }
 }
 
-Access wgrad_direct_access(const granet_conv& c, int64_t channel_stride, int64_t nnz) {
-    const KernelSet& k = kernels();
+Access wgrad_direct_access(const KernelSet& k, const granet_conv& c, int64_t channel_stride, int64_t nnz) {
     return direct_access(true, channel_stride, tiling(c.n, c.h * c.w, k, k.max_dot), c.out, c.in, nnz);
 }
 

@@ -7,9 +7,9 @@
 namespace granet {
 
 // Whether source and target of a convolution, images of these strides, can be read and written in place.
-bool direct_applies(const granet_conv& conv, const int64_t source[4], const int64_t target[4]);
+bool direct_applies(const KernelSet& kernels, const granet_conv& conv, const int64_t source[4], const int64_t target[4]);
 
-int gather_direct(granet_layout* layout, bool by_output, int64_t rows, int64_t channels, int64_t pixels,
+int gather_direct(const KernelSet& kernels, granet_layout* layout, bool by_output, int64_t rows, int64_t channels, int64_t pixels,
                   const Images& source, const float* weight, const float* bias, float* out,
                   const int64_t out_strides[4], int threads);
 
@@ -18,8 +18,8 @@ int gather_direct(granet_layout* layout, bool by_output, int64_t rows, int64_t c
 struct Part {
     int64_t row_begin, row_end, image_begin, image_end;
 };
-void wgrad_direct(const Table& table, const Images& gradient, const Images& source, int64_t pixels, const Part& part,
+void wgrad_direct(const KernelSet& kernels, const Table& table, const Images& gradient, const Images& source, int64_t pixels, const Part& part,
                   float* sums);
-Access wgrad_direct_access(const granet_conv& conv, int64_t channel_stride, int64_t nnz);
+Access wgrad_direct_access(const KernelSet& kernels, const granet_conv& conv, int64_t channel_stride, int64_t nnz);
 
 }  // namespace granet

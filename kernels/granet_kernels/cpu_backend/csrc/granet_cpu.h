@@ -20,6 +20,12 @@ GRANET_API const char* granet_isa(void);
 GRANET_API int granet_set_isa(const char* name);
 GRANET_API int granet_has_openmp(void);
 
+// Memory for large results, aligned to pages. What is given back is kept for the next request of about that size, as long
+// as such requests come. take: NULL if there is none. release: gives all that is not in use to the system, in bytes.
+GRANET_API void* granet_memory_take(int64_t bytes);
+GRANET_API void granet_memory_give(void* memory);
+GRANET_API int64_t granet_memory_release(void);
+
 // The index tensors of one mask (out, in, kh, kw), True = kept. The weight and its gradient have the mask's strides.
 typedef struct granet_layout granet_layout;
 

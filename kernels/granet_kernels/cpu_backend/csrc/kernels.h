@@ -88,6 +88,7 @@ struct KernelSet {
     void (*unpack)(const char* vectors, ptrdiff_t step, float* image, ptrdiff_t lane, int valid, int64_t count,
                    bool stream);
     void (*copy)(const char* vectors, float* image, int64_t count, bool stream);  // `count` whole vectors in a row
+    void (*fence)();  // after streaming: what was written is there for other threads
     void (*pool)(const float* x, int64_t h, int64_t w, float* y, unsigned char* which);
     void (*pool_gradient)(const float* g, const unsigned char* which, int64_t h, int64_t w, float* dx);
     double (*norm_sum)(const Channel&, const float* x);

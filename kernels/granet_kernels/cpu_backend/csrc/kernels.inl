@@ -4,7 +4,7 @@
 //   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0 or garbage
 //       in columns that do not exist
 //   store_first(vector, out, count): the first count floats
-//   STREAMS, store_past_cache(vector, out): whether and how a vector fills a cache line without reading it first
+//   STREAMS, store_past_cache(vector, out), fence(): whether and how a vector fills a cache line without reading it first
 //   split_pairs(a, b, even, odd): every second of the 2 LANES floats of a and b; join_pairs: the way back
 //   add_sums<N>(vectors, out): out[k] += the sum of vectors[k]
 
@@ -221,6 +221,7 @@ KernelSet make_set() {
     set.pack_channels = pack_channels;
     set.unpack = unpack;
     set.copy = copy;
+    set.fence = fence;
     set.pool = pool;
     set.pool_gradient = pool_gradient;
     set.norm_sum = norm_sum;

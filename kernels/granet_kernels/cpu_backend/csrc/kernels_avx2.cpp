@@ -67,6 +67,7 @@ inline __m128 sums4(__m256 a, __m256 b, __m256 c, __m256 d) {
 }
 
 inline void store_past_cache(Vec, float*) {}
+void fence() {}
 
 template <int N>
 inline __attribute__((always_inline)) void add_sums(const Vec (&v)[N], float* out) {

@@ -60,6 +60,7 @@ inline void store_first(Vec vector, float* out, int count) {
 }
 
 inline void store_past_cache(Vec vector, float* out) { _mm512_stream_ps(out, (__m512)vector); }
+void fence() { _mm_sfence(); }
 
 inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
     const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

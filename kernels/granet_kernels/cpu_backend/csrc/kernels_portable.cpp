@@ -20,6 +20,7 @@ inline void store_first(Vec vector, float* out, int count) {
 }
 
 inline void store_past_cache(Vec, float*) {}
+void fence() {}
 
 inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
     even = Vec{a[0], a[2], b[0], b[2]};

@@ -2,7 +2,7 @@
 
 #include <cstring>
 #include <limits>
-#include <new>
+#include <exception>
 
 #include "parallel.h"
 
@@ -88,19 +88,30 @@ std::shared_ptr<const Table> make_table(const granet_layout& layout, const Acces
 }  // namespace
 }  // namespace granet
 
-std::shared_ptr<const granet::Table> granet_layout::table(const granet::Access& access) {
-    const std::lock_guard<std::mutex> lock(mutex);
+std::shared_ptr<const granet::Table> granet_layout::find(const granet::Access& access) {
     for (const auto& each : tables)
         if (each->access == access) return each;
+    return nullptr;
+}
+
+// Made outside the lock, which is only ever held for a moment: should two threads make the same, one of them is dropped.
+std::shared_ptr<const granet::Table> granet_layout::table(const granet::Access& access) {
+    {
+        const std::lock_guard<std::mutex> lock(granet::tables_mutex());
+        if (auto found = find(access)) return found;
+    }
+    auto made = granet::make_table(*this, access);
+    const std::lock_guard<std::mutex> lock(granet::tables_mutex());
+    if (auto found = find(access)) return found;
     if (tables.size() == granet::MAX_TABLES) tables.erase(tables.begin());
-    tables.push_back(granet::make_table(*this, access));
-    return tables.back();
+    tables.push_back(made);
+    return made;
 }
 
 granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[4], const int64_t strides[4], int) {
-    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+    constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 16;  // loops look a little ahead
     const int64_t row = shape[1] * shape[2] * shape[3];
-    if (shape[0] * row >= limit) return nullptr;
+    if (shape[0] * row > limit) return nullptr;
     try {
         auto layout = std::make_unique<granet_layout>();
         std::memcpy(layout->shape, shape, sizeof(layout->shape));
@@ -115,7 +126,7 @@ granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[
             layout->ptr.push_back(int32_t(layout->index.size()));
         }
         return layout.release();
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {
         return nullptr;
     }
 }
@@ -125,6 +136,7 @@ void granet_layout_free(granet_layout* layout) { delete layout; }
 int64_t granet_layout_nnz(const granet_layout* layout) { return layout->nnz(); }
 
 int64_t granet_layout_bytes(const granet_layout* layout) {
+    const std::lock_guard<std::mutex> lock(granet::tables_mutex());
     int64_t words = int64_t(layout->ptr.size() + layout->index.size());
     for (const auto& table : layout->tables)
         words += int64_t(table->ptr.size() + table->offset.size() + table->position.size());

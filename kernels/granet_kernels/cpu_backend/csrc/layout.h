@@ -55,6 +55,6 @@ struct granet_layout {
     int64_t taps() const { return shape[2] * shape[3]; }
     int64_t nnz() const { return int64_t(index.size()); }
 
-    std::mutex mutex;
+    std::shared_ptr<const granet::Table> find(const granet::Access& access);
     std::vector<std::shared_ptr<const granet::Table>> tables;  // most recently made last
 };

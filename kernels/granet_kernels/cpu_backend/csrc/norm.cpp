@@ -41,6 +41,7 @@ int granet_norm_forward(const granet_norm* norm, const float* x, const float* re
         const Affine a = affine(gamma[c], beta[c], mean[c], invstd[c]);
         k.norm_apply(channel, NormApply{from, residual ? residual + c * norm->pixels : nullptr, y + c * norm->pixels,
                                         a.scale, a.shift, norm->relu != 0, stream(*norm)});
+        k.fence();
     });
     return GRANET_OK;
 }
@@ -68,6 +69,7 @@ int granet_norm_backward(const granet_norm* norm, const float* g, const float* x
         const double factor = -double(a.scale) * double(invstd[c]) * double(invstd[c]) * product / count;
         const double offset = -double(a.scale) * sum / count - factor * double(mean[c]);
         k.norm_gradient_apply(channel, args, float(factor), float(offset));
+        k.fence();
     });
     return GRANET_OK;
 }

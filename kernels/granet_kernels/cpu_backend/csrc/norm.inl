@@ -9,27 +9,43 @@ inline double sum_of_lanes(Vec v) {
     return sum;
 }
 
+// Calls piece(begin, count) for the runs, cut into pieces short enough for float, and flush() whenever it is due.
+template <typename Piece, typename Flush>
+inline __attribute__((always_inline)) void for_pieces(const Channel& c, int vectors, const Piece& piece,
+                                                      const Flush& flush) {
+    const int64_t longest = FLOAT_ADDITIONS * vectors * LANES;
+    int64_t additions = 0;
+    for (int64_t r = 0; r < c.runs; ++r) {
+        for (int64_t i = 0; i < c.count; i += longest) {
+            const int64_t count = c.count - i < longest ? c.count - i : longest;
+            piece(r * c.stride + i, count);
+            additions += count / (vectors * LANES) + 1;
+            if (additions >= FLOAT_ADDITIONS) {
+                flush();
+                additions = 0;
+            }
+        }
+    }
+    flush();
+}
+
 template <typename Term>
 inline __attribute__((always_inline)) double sum_runs(const Channel& c, const Term& term) {
     double total = 0;
     Vec acc[4] = {};
-    int64_t additions = 0;
-    for (int64_t r = 0; r < c.runs; ++r) {
-        const int64_t begin = r * c.stride;
+    const auto piece = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
         int64_t i = 0;
-        for (; i + 4 * LANES <= c.count; i += 4 * LANES) {
+        for (; i + 4 * LANES <= count; i += 4 * LANES) {
             GRANET_UNROLL
             for (int k = 0; k < 4; ++k) acc[k] += term.vector(begin + i + k * LANES);
         }
-        for (int k = 0; i + LANES <= c.count; i += LANES, ++k) acc[k] += term.vector(begin + i);
-        for (; i < c.count; ++i) total += double(term.scalar(begin + i));
-        additions += c.count / (4 * LANES) + 1;
-        if (additions >= FLOAT_ADDITIONS || r + 1 == c.runs) {
-            total += sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
-            for (Vec& each : acc) each = Vec{};
-            additions = 0;
-        }
-    }
+        for (int k = 0; i + LANES <= count; i += LANES, ++k) acc[k] += term.vector(begin + i);
+        for (; i < count; ++i) total += double(term.scalar(begin + i));
+    };
+    for_pieces(c, 4, piece, [&]() __attribute__((always_inline)) {
+        total += sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+        for (Vec& each : acc) each = Vec{};
+    });
     return total;
 }
 
@@ -117,37 +133,29 @@ void norm_gradient_sums_as(const Channel& c, const NormGradient& a, double* sum,
     const GatedGradient<GATE> gate{a};
     double totals[2] = {0, 0};
     Vec sums[2] = {}, products[2] = {};
-    int64_t additions = 0;
-    for (int64_t r = 0; r < c.runs; ++r) {
-        const int64_t begin = r * c.stride;
+    const auto add = [&](int64_t at, int k) __attribute__((always_inline)) {
+        const Vec g = gate.vector(at);
+        sums[k] += g;
+        products[k] += g * (load(a.x + at) - a.mean);
+    };
+    const auto piece = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
         int64_t i = 0;
-        for (; i + 2 * LANES <= c.count; i += 2 * LANES) {
-            GRANET_UNROLL
-            for (int k = 0; k < 2; ++k) {
-                const Vec g = gate.vector(begin + i + k * LANES);
-                sums[k] += g;
-                products[k] += g * (load(a.x + begin + i + k * LANES) - a.mean);
-            }
+        for (; i + 2 * LANES <= count; i += 2 * LANES) {
+            add(begin + i, 0);
+            add(begin + i + LANES, 1);
         }
-        if (i + LANES <= c.count) {
-            const Vec g = gate.vector(begin + i);
-            sums[0] += g;
-            products[0] += g * (load(a.x + begin + i) - a.mean);
-            i += LANES;
+        for (; i + LANES <= count; i += LANES) add(begin + i, 0);
+        for (; i < count; ++i) {
+            const double g = double(gate.scalar(begin + i));
+            totals[0] += g;
+            totals[1] += g * (double(a.x[begin + i]) - double(a.mean));
         }
-        for (; i < c.count; ++i) {
-            const float g = gate.scalar(begin + i);
-            totals[0] += double(g);
-            totals[1] += double(g) * (double(a.x[begin + i]) - double(a.mean));
-        }
-        additions += c.count / (2 * LANES) + 1;
-        if (additions >= FLOAT_ADDITIONS || r + 1 == c.runs) {
-            totals[0] += sum_of_lanes(sums[0] + sums[1]);
-            totals[1] += sum_of_lanes(products[0] + products[1]);
-            for (int k = 0; k < 2; ++k) sums[k] = products[k] = Vec{};
-            additions = 0;
-        }
-    }
+    };
+    for_pieces(c, 2, piece, [&]() __attribute__((always_inline)) {
+        totals[0] += sum_of_lanes(sums[0] + sums[1]);
+        totals[1] += sum_of_lanes(products[0] + products[1]);
+        for (int k = 0; k < 2; ++k) sums[k] = products[k] = Vec{};
+    });
     *sum = totals[0];
     *product = totals[1];
 }

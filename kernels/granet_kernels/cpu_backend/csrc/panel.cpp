@@ -46,6 +46,7 @@ bool keeps_size(const Axis& axis) {
 }  // namespace
 
 Axis forward_axis(int64_t source, int64_t target, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+    if (target == 1) stride = 1;  // one pixel never steps
     Axis axis{source, target, stride, 1, 0, 0, {}, {}, {}};
     for (int64_t tap = 0; tap < taps; ++tap) {
         const int64_t at = tap * dilation - padding, shift = floor_div(at, stride);
@@ -58,6 +59,7 @@ Axis forward_axis(int64_t source, int64_t target, int64_t taps, int64_t stride, 
 }
 
 Axis dgrad_axis(int64_t source, int64_t target, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+    if (source == 1) stride = 1;
     Axis axis{source, target, 1, stride, 0, 0, {}, {}, {}};
     for (int64_t tap = 0; tap < taps; ++tap) {
         // source pixel i of this tap meets target pixel i * stride + at = (i - shift) * stride + phase

@@ -49,6 +49,11 @@ struct Geometry {
     int64_t bands() const { return (y.grid() + band - 1) / band; }
     int64_t lanes() const { return vector / int64_t(sizeof(float)); }
     int64_t panel_images() const { return groups * lanes(); }
+    // Whether a thread's memory for a panel, and for `more` bytes, stays modest, and the tables are not mostly empty.
+    bool is_supported(int64_t more) const {
+        return y.target_phases * x.target_phases <= MAX_PHASES && panel_bytes() + more <= MAX_BYTES;
+    }
+    static constexpr int64_t MAX_PHASES = 1024, MAX_BYTES = int64_t(64) << 20;
 };
 
 // The widest tile within a row of `vectors`, `largest` at most, that cuts the row into equal parts if it can.

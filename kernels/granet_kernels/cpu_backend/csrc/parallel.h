@@ -4,21 +4,25 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
+
+#include "granet_cpu.h"
 
 namespace granet {
 
 // f(i) for every i in [0, n), on up to `threads` threads. One thread opens no OpenMP region: a forked child has none.
-// Throws std::bad_alloc if an f did, after all have ended.
+// Throws std::bad_alloc if an f threw anything, after all have ended.
 template <typename F>
 void parallel_for(int threads, int64_t n, const F& f) {
     bool failed = false;
     const auto guarded = [&](int64_t i) {
         try {
             f(i);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {
             return true;
         }
         return false;
@@ -37,6 +41,19 @@ void parallel_for(int threads, int64_t n, const F& f) {
     if (failed) throw std::bad_alloc();
 }
 
+// f(), which returns a status; no exception leaves the C ABI.
+template <typename F>
+int guarded(const F& f) {
+    try {
+        return f();
+    } catch (const std::exception&) {  // bad_alloc, or the length_error of a container
+        return GRANET_OUT_OF_MEMORY;
+    }
+}
+
+// Guards the tables of all layouts.
+std::mutex& tables_mutex();
+
 // Memory aligned to vectors, taken from buffers that earlier calls gave back: fresh pages cost more than the kernels
 // that would fill them. Throws std::bad_alloc.
 class Scratch {
@@ -54,14 +71,13 @@ class Scratch {
 
    private:
     char* memory_;
-    size_t size_;
 };
 
 // Two pieces of scratch memory for each thread of a loop.
 class ThreadScratch {
    public:
     ThreadScratch(int threads, int64_t items, size_t first, size_t second) : first_(round(first)) {
-        const int64_t used = items < threads ? items : threads;
+        const int64_t used = items < threads ? items : (threads > 1 ? threads : 1);
         for (int64_t i = 0; i < used; ++i) memory_.push_back(std::make_unique<Scratch>(first_ + second));
         taken_ = std::vector<std::atomic<bool>>(memory_.size());
     }

@@ -124,9 +124,9 @@ class Item {
     std::vector<int32_t> at_;
 };
 
-// Fewer chunks where the weight is less sparse: together the sums stay below the size of the dense gradient.
+// Fewer chunks where the weight is less sparse: the sums of all stay below half the dense gradient, if they are several.
 int64_t chunk_count(int64_t parts, int64_t numel, int64_t nnz) {
-    const int64_t room = std::max<int64_t>(2, numel / nnz);
+    const int64_t room = std::max<int64_t>(1, numel / (2 * nnz));
     return std::min(std::min(parts, MAX_CHUNKS), room);
 }
 
@@ -167,11 +167,11 @@ void sum_chunks(const granet_conv& c, const Table& table, int64_t parts, float* 
     scatter(sums, dw, threads);
 }
 
-void wgrad_panels(granet_layout* layout, const granet_conv& c, const Geometry& g, const Images& gradient,
+void wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Geometry& g, const Images& gradient,
                   const Images& source, float* dw, int threads) {
     const double density = double(layout->nnz()) / double(c.out * c.in);
     const auto table = layout->table(access_of(g, true, block_of(footprint_of(g), c.in, density, g.whole)));
-    const Pass pass{g, kernels(), *table, gradient, source};
+    const Pass pass{g, k, *table, gradient, source};
     const ThreadScratch scratch(threads, threads, g.panel_bytes(), g.rows * g.th * g.row_vectors() * g.vector);
     sum_chunks(c, *table, g.panels() * g.bands(), dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
@@ -180,25 +180,24 @@ void wgrad_panels(granet_layout* layout, const granet_conv& c, const Geometry& g
                });
 }
 
-int wgrad(granet_layout* layout, const granet_conv& c, const Images& gradient, const Images& source, float* dw,
+int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient, const Images& source, float* dw,
           int threads) {
     const int64_t nnz = layout->nnz();
-    const bool direct = direct_applies(c, source.strides, gradient.strides);
-    const KernelSet& k = kernels();
+    const bool direct = direct_applies(k, c, source.strides, gradient.strides);
     const Geometry g =
         make_geometry(forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                       forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k, Use::dots);
-    if (!direct && g.panel_bytes() > INT32_MAX) return GRANET_UNSUPPORTED;
+    if (!direct && !g.is_supported(c.out * g.th * g.row_vectors() * g.vector)) return GRANET_UNSUPPORTED;
     clear(dw, c.out * c.in * c.kh * c.kw, threads);
     if (nnz == 0 || c.n == 0) return GRANET_OK;
     if (!direct) {
-        wgrad_panels(layout, c, g, gradient, source, dw, threads);
+        wgrad_panels(k, layout, c, g, gradient, source, dw, threads);
         return GRANET_OK;
     }
-    const auto table = layout->table(wgrad_direct_access(c, source.strides[1], nnz));
+    const auto table = layout->table(wgrad_direct_access(k, c, source.strides[1], nnz));
     sum_chunks(c, *table, c.n, dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
-                   wgrad_direct(*table, gradient, source, c.h * c.w, Part{row_begin, row_end, begin, end}, sums);
+                   wgrad_direct(k, *table, gradient, source, c.h * c.w, Part{row_begin, row_end, begin, end}, sums);
                });
     return GRANET_OK;
 }
@@ -209,9 +208,7 @@ int wgrad(granet_layout* layout, const granet_conv& c, const Images& gradient, c
 int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* conv, const float* g, const int64_t g_strides[4],
                         const float* x, const int64_t x_strides[4], float* dw, int threads) {
     using namespace granet;
-    try {
-        return wgrad(layout, *conv, Images{g, g_strides, conv->n}, Images{x, x_strides, conv->n}, dw, threads);
-    } catch (const std::bad_alloc&) {
-        return GRANET_OUT_OF_MEMORY;
-    }
+    return guarded([&] {
+        return wgrad(kernels(), layout, *conv, Images{g, g_strides, conv->n}, Images{x, x_strides, conv->n}, dw, threads);
+    });
 }

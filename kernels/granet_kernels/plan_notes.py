@@ -1,0 +1,58 @@
+"""What ran last with each mask: notes that hang on its layout, written by the ops and read by the reports."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from granet_kernels.layout import SparseLayout, known_layout
+from granet_kernels.plan_times import DENSE, NATIVE, Site
+
+DIRECTIONS = ("forward", "dgrad", "wgrad")
+
+
+class Note(NamedTuple):
+    """The last call of one direction with a mask.
+
+    Attributes:
+        site: of the plan.
+        implementation: what ran.
+        bucket: the density.
+        cold: whether it ran natively, and was the first to do so at this site since the mask changed.
+    """
+
+    site: Site
+    implementation: str
+    bucket: int
+    cold: bool
+
+
+def note(site: Site, direction: str, layout: SparseLayout, implementation: str) -> None:
+    """Take down what ran."""
+    cold = implementation == NATIVE and site not in layout.seen
+    if implementation == NATIVE:
+        layout.seen.add(site)
+    layout.last[direction] = Note(site, implementation, layout.bucket, cold)
+
+
+def is_warm(site: Site, direction: str, layout: SparseLayout) -> bool:
+    """Whether a native call now takes what native calls with this mask take.
+
+    The first call after a change of the mask builds its index, and is not typical; unless the call before it did so
+    too: where the mask changes with every call, the index is part of the cost.
+    """
+    if site in layout.seen:
+        return True
+    before = layout.last.get(direction)
+    return before is not None and before.site is site and before.cold
+
+
+def last_times(mask: Tensor) -> dict[str, tuple[str, float | None, float | None]]:
+    """By direction: what ran last, the dense time, its own time; a time is None while it is not known."""
+    layout = known_layout(mask)
+    last: dict[str, Note] = {} if layout is None else layout.last
+    return {
+        way: (name, site.times.time(DENSE, bucket), site.times.time(name, bucket))
+        for way, (site, name, bucket, _) in sorted(last.items(), key=lambda item: DIRECTIONS.index(item[0]))
+    }

@@ -1,0 +1,93 @@
+"""Large results lie in memory that is used again, and is nobody else's while a tensor holds it."""
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+
+from granet_kernels.cpu_backend import library, memory
+
+LARGE = (memory.LEAST_BYTES // 4 + 5,)
+
+
+@pytest.fixture(autouse=True)
+def _with_library():
+    if library.load() is None:
+        pytest.skip(str(library.unavailable()))
+    memory.release()
+
+
+def test_used_again_after_the_last_tensor_on_it():
+    first = memory.empty(LARGE)
+    address, view = first.data_ptr(), first[3:]
+    del first
+    assert memory.empty(LARGE).data_ptr() != address  # the view still holds it
+    del view
+    gc.collect()
+    assert address in {memory.empty(LARGE).data_ptr() for _ in range(2)}
+
+
+def test_tensors_alive_do_not_overlap():
+    tensors = [memory.empty(LARGE).fill_(i) for i in range(5)]
+    assert all((t == i).all() for i, t in enumerate(tensors))
+
+
+def test_release_gives_back_what_is_idle():
+    kept, freed = memory.empty(LARGE), memory.empty(LARGE)
+    kept.fill_(1)
+    del freed
+    assert memory.release() >= memory.LEAST_BYTES
+    assert memory.release() == 0
+    assert (kept == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (700, 700), (2, 3, 400, 300), (0, 4)], ids=str)
+def test_like_torch(shape):
+    expected = torch.empty(shape)
+    for tensor in (memory.empty(shape), memory.empty_like(expected)):
+        assert (tensor.shape, tensor.stride(), tensor.dtype) == (expected.shape, expected.stride(), torch.float32)
+        assert not tensor._is_view()
+
+
+def test_strides_are_kept():
+    like = torch.zeros(2, 3, 400, 300, dtype=torch.bool).contiguous(memory_format=torch.channels_last)
+    assert memory.empty_like(like).stride() == like.stride()
+    assert memory.empty_like(like[:, :, ::2]).stride() == torch.empty_like(like[:, :, ::2]).stride()
+
+
+def test_many_threads():
+    wrong = []
+
+    def work(number):
+        for _ in range(50):
+            tensor = memory.empty(LARGE).fill_(number)
+            if not (tensor == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_after_fork():
+    tensor = memory.empty(LARGE).fill_(1)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # torch's other threads have not come along
+        fine = bool((memory.empty(LARGE).fill_(2) == 2).all()) and bool((tensor == 1).all())
+        os._exit(0 if fine else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tensor == 1).all()
+
+
+def test_pickled_and_copied():
+    tensor = torch.nn.Parameter(memory.empty(LARGE).fill_(3))
+    assert torch.equal(tensor.clone(), tensor.detach())
+    tensor.data = tensor.data.clone()
+    assert (tensor == 3).all()
