@@ -1,6 +1,7 @@
 // The C ABI of granet's CPU kernels: pointers and sizes, nothing of torch or Python.
 //
-// Images are float32 with any strides, counted in elements. One mask has one granet_layout: build it when the mask has
+// Images are float32 with any strides, counted in elements; results are contiguous or channels_last, and a weight and its
+// mask lie dense in memory. One mask has one granet_layout: build it when the mask has
 // changed, pass it to every call. All functions may be called from several threads at once.
 #pragma once
 
@@ -70,7 +71,7 @@ GRANET_API int granet_norm_backward(const granet_norm* norm, const float* g, con
                                     float* dx, float* dresidual, float* dgamma, float* dbeta, int threads);
 
 // Max-pooling of 2 x 2 pixels with stride 2 over planes (planes, h, w), contiguous; an odd last row or column is left out.
-// which: the pixel of each output that was taken, 0 to 3 row by row; NaN is above all, of equal ones it is the first.
+// which: the pixel of each output that was taken, 0 to 3 row by row; of equal ones the first; NaN is above all, the last one.
 GRANET_API int granet_pool_forward(int64_t planes, int64_t h, int64_t w, const float* x, float* y, unsigned char* which,
                                    int threads);
 GRANET_API int granet_pool_backward(int64_t planes, int64_t h, int64_t w, const float* g, const unsigned char* which,

@@ -45,13 +45,6 @@ struct WholeKernel {
     void (*dot)(const DotArgs&);
 };
 
-// Moves between images in memory and vectors. `lane` is the distance between images, in floats; `valid` <= lanes.
-//
-// pack_pixels: `count` consecutive pixels of one channel, vector p goes to panel + at[p] bytes (at[p] < 0: nowhere).
-// pack_channels: `count` consecutive channels of one pixel, vector c goes to panel + c * step bytes.
-// next: how far from here, in floats, the run lies that is asked for after this one: it is prefetched.
-// unpack: the way back, `count` consecutive pixels or channels from vectors that lie `step` bytes apart. stream: the
-// images will not be read soon, write them past the cache (and fence).
 // Batch norm, one channel at a time: `runs` images of `count` pixels, `stride` floats apart.
 struct Channel {
     int64_t runs, stride, count;
@@ -69,6 +62,13 @@ struct NormGradient {
     bool relu, stream;
 };
 
+// Moves between images in memory and vectors. `lane` is the distance between images, in floats; `valid` <= lanes.
+//
+// pack_pixels: `count` consecutive pixels of one channel, vector p goes to panel + at[p] bytes (at[p] < 0: nowhere).
+// pack_channels: `count` consecutive channels of one pixel, vector c goes to panel + c * step bytes.
+// next: how far from here, in floats, the run lies that is asked for after this one: it is prefetched.
+// unpack: the way back, `count` consecutive pixels or channels from vectors that lie `step` bytes apart. stream: the
+// images will not be read soon, write them past the cache (and fence).
 struct KernelSet {
     int lanes;
     int max_tile, max_dot;  // vectors in the largest tile of each kind

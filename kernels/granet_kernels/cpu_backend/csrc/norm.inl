@@ -44,7 +44,7 @@ inline __attribute__((always_inline)) double sum_runs(const Channel& c, const Te
     };
     for_pieces(c, 4, piece, [&]() __attribute__((always_inline)) {
         total += sum_of_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
-        for (Vec& each : acc) each = Vec{};
+        for (int k = 0; k < 4; ++k) acc[k] = Vec{};
     });
     return total;
 }

@@ -1,6 +1,6 @@
 // Max-pooling of 2 x 2 pixels, one image of one channel at a time. Included by kernels.inl.
 
-// Where the greatest of four is; the first of equal ones, but NaN above all and the last of them, as in torch.
+// Where the greatest of four is, as in torch: the first of equal ones; NaN is above all, and the last NaN wins.
 inline __attribute__((always_inline)) void pool_take(Vec& best, IntVec& which, Vec value, int number) {
     const IntVec takes = (value > best) | (value != value);
     best = takes ? value : best;
