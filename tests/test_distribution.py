@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torchvision.models import resnet50
 
@@ -117,12 +118,14 @@ def networks(draw: st.DrawFn) -> tuple[Shapes, list[int]]:
     return shapes, [shape[0] for shape in shapes]
 
 
+@example(([(90, 1)], [90]), "uniform", 0.65)
 @given(networks(), st.sampled_from(["uniform", "er", "erk"]), st.floats(0, 0.999))
 def test_counts_are_exact_and_within_their_layers(
     network: tuple[Shapes, list[int]], name: str, sparsity: float
 ) -> None:
     shapes, units = network
-    total = round((1 - sparsity) * sum(units))
+    # In decimals, as the sparsity is written: in floats (1 - .65) * 90 is 31.499999999999996.
+    total = int(((1 - Decimal(repr(sparsity))) * sum(units)).to_integral_value(ROUND_HALF_EVEN))
     if total == 0:
         with pytest.raises(ValueError, match="keeps one unit or more"):
             layer_counts(name, shapes, units, sparsity)
