@@ -76,12 +76,12 @@ test-newest: .venv-newest/.installed
 sanitize: build/address/libgranet.so $(VENV)/.installed
 	GRANET_LIBRARY=$< LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/kernels --capture=sys $(PYTEST_ARGS)
 
 sanitize-thread: build/thread/libgranet.so $(VENV)/.installed
 	GRANET_LIBRARY=$< LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \
 	TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 report_signal_unsafe=0" \
-	$(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/kernels --capture=sys $(PYTEST_ARGS)
 
 # Linked without -fopenmp, as in setup.py: the library takes torch's OpenMP runtime, or the one for ThreadSanitizer.
 build/address/%: CHECKS := -fsanitize=address,undefined

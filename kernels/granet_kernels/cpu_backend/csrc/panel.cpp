@@ -6,6 +6,8 @@ namespace granet {
 namespace {
 
 constexpr int64_t PACKED_ROWS = 4;  // at a time: longer runs in memory
+// A kernel of one tap reads each vector once a weight: with narrow tiles more channels stay in the first-level cache.
+constexpr int64_t ONE_TAP_TILE = 4;
 constexpr int64_t MAX_PANEL = int64_t(16) << 20;  // bytes; larger ones are cut into bands
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -90,9 +92,11 @@ Geometry make_geometry(const Axis& y, const Axis& x, int64_t images, int64_t cha
     const int largest = use == Use::tiles ? kernels.max_tile : kernels.max_dot;
     Geometry g{y, x, images, channels, rows, 1, y.grid(), 1, 1, kernels.lanes * int64_t(sizeof(float)), nullptr};
     const int64_t pixels = y.grid() * x.grid();
+    const bool one_tap = y.shift.size() * x.shift.size() == 1;
+    const int64_t widest = std::min<int64_t>(largest, one_tap ? ONE_TAP_TILE : 16);
     // Phases of a strided target lie interleaved, which leaves no place for groups.
     if (x.target_phases == 1 && y.target_phases == 1 && pixels < largest)
-        g.groups = fewest_idle(images, g.lanes(), int(std::max<int64_t>(1, std::min(largest, 16) / pixels)));
+        g.groups = fewest_idle(images, g.lanes(), int(std::max<int64_t>(1, widest / pixels)));
     if (keeps_size(y) && keeps_size(x) && y.source == x.source) {
         const WholeKernel* whole = kernels.find_whole(y.source, g.groups);
         if (whole && (use == Use::tiles ? whole->tile != nullptr : whole->dot != nullptr)) {

@@ -125,77 +125,102 @@ class Item {
 };
 
 // Fewer chunks where the weight is less sparse: the sums of all stay below half the dense gradient, if they are several.
+// Powers of two: whatever the number of threads, they end together.
 int64_t chunk_count(int64_t parts, int64_t numel, int64_t nnz) {
-    const int64_t room = std::max<int64_t>(1, numel / (2 * nnz));
-    return std::min(std::min(parts, MAX_CHUNKS), room);
+    const int64_t most = std::min(parts, std::max<int64_t>(1, numel / (2 * nnz)));
+    int64_t chunks = 1;
+    while (2 * chunks <= std::min(most, MAX_CHUNKS)) chunks *= 2;
+    return chunks;
 }
 
-// Adds the chunks' sums, and writes them where the weight has them.
-void scatter(const Sums& sums, float* weight_gradient, int threads) {
-    constexpr int64_t piece = 1 << 15;
-    const int64_t nnz = sums.table.nnz();
-    parallel_for(threads, (nnz + piece - 1) / piece, [&](int64_t i) {
-        for (int64_t j = i * piece; j < std::min(nnz, (i + 1) * piece); ++j) {
-            float sum = sums.data[j];
-            for (int64_t chunk = 1; chunk < sums.chunks; ++chunk) sum += sums.of(chunk)[j];
-            weight_gradient[sums.table.position[j]] = sum;
+// Adds the chunks' sums of entries [begin, end), and writes them where the weight has them.
+void scatter(const Sums& sums, int32_t begin, int32_t end, float* dw) {
+    for (int32_t j = begin; j < end; ++j) {
+        float sum = sums.data[j];
+        for (int64_t chunk = 1; chunk < sums.chunks; ++chunk) sum += sums.of(chunk)[j];
+        dw[sums.table.position[j]] = sum;
+    }
+}
+
+void clear(float* dw, int64_t count, int threads) {
+    constexpr int64_t piece = 1 << 17;
+    parallel_for(threads, (count + piece - 1) / piece, [&](int64_t i) {
+        std::memset(dw + i * piece, 0, std::min(piece, count - i * piece) * sizeof(float));
+    });
+}
+
+// The gradient of all positions. Where each output channel's lie together, its kept ones are written while the zeros
+// around them are still in the cache.
+void write_gradient(const Sums& sums, const granet_layout& layout, float* dw, int threads) {
+    const int64_t outputs = layout.shape[0], row = layout.shape[1] * layout.taps();
+    if (outputs > 1 && layout.strides[0] != row) {
+        constexpr int64_t piece = 1 << 15;
+        const int64_t nnz = sums.table.nnz();
+        clear(dw, outputs * row, threads);
+        parallel_for(threads, (nnz + piece - 1) / piece, [&](int64_t i) {
+            scatter(sums, int32_t(i * piece), int32_t(std::min(nnz, (i + 1) * piece)), dw);
+        });
+        return;
+    }
+    const int64_t together = std::max<int64_t>(1, (1 << 16) / row);  // output channels
+    parallel_for(threads, (outputs + together - 1) / together, [&](int64_t i) {
+        for (int64_t o = i * together; o < std::min(outputs, (i + 1) * together); ++o) {
+            std::memset(dw + o * row, 0, row * sizeof(float));
+            for (int64_t block = 0; block < sums.table.blocks; ++block)
+                scatter(sums, *sums.table.row_ptr(0, block, o), *sums.table.row_ptr(0, block, o + 1), dw);
         }
     });
 }
 
-void clear(float* data, int64_t count, int threads) {
-    constexpr int64_t piece = 1 << 17;
-    parallel_for(threads, (count + piece - 1) / piece, [&](int64_t i) {
-        std::memset(data + i * piece, 0, std::min(piece, count - i * piece) * sizeof(float));
-    });
-}
-
 // Cuts `parts` into chunks, and the rows into as many ranges as the threads ask for, and calls
-// work(item, row_begin, row_end, begin, end, sums) for each.
+// work(row_begin, row_end, begin, end, sums) for each.
 template <typename Work>
-void sum_chunks(const granet_conv& c, const Table& table, int64_t parts, float* dw, int threads, const Work& work) {
-    const int64_t chunks = chunk_count(parts, c.out * c.in * c.kh * c.kw, table.nnz());
-    const int64_t splits = std::min<int64_t>((threads + chunks - 1) / chunks, c.out);
+void sum_chunks(const granet_layout& layout, const Table& table, int64_t parts, float* dw, int threads,
+                const Work& work) {
+    const int64_t outputs = layout.shape[0];
+    const int64_t chunks = chunk_count(parts, outputs * layout.shape[1] * layout.taps(), table.nnz());
+    const int64_t splits = std::min<int64_t>((threads + chunks - 1) / chunks, outputs);
     const Scratch memory(chunks * table.nnz() * sizeof(float));
     const Sums sums{table, chunks, memory.as<float>()};
     parallel_for(threads, chunks * splits, [&](int64_t item) {
         const int64_t chunk = item / splits, split = item % splits;
-        const int64_t row_begin = c.out * split / splits, row_end = c.out * (split + 1) / splits;
+        const int64_t row_begin = outputs * split / splits, row_end = outputs * (split + 1) / splits;
         sums.clear(chunk, row_begin, row_end);
         work(row_begin, row_end, parts * chunk / chunks, parts * (chunk + 1) / chunks, sums.of(chunk));
     });
-    scatter(sums, dw, threads);
+    write_gradient(sums, layout, dw, threads);
 }
 
-void wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Geometry& g, const Images& gradient,
-                  const Images& source, float* dw, int threads) {
+int wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
+                 const Images& source, float* dw, int threads) {
+    const Geometry g =
+        make_geometry(forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
+                      forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k, Use::dots);
+    const int64_t gradient_bytes = g.rows * g.th * g.row_vectors() * g.vector;
+    if (!g.is_supported(gradient_bytes)) return GRANET_UNSUPPORTED;
     const double density = double(layout->nnz()) / double(c.out * c.in);
     const auto table = layout->table(access_of(g, true, block_of(footprint_of(g), c.in, density, g.whole)));
     const Pass pass{g, k, *table, gradient, source};
-    const ThreadScratch scratch(threads, threads, g.panel_bytes(), g.rows * g.th * g.row_vectors() * g.vector);
-    sum_chunks(c, *table, g.panels() * g.bands(), dw, threads,
+    const ThreadScratch scratch(threads, threads, g.panel_bytes(), gradient_bytes);
+    sum_chunks(*layout, *table, g.panels() * g.bands(), dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    const ThreadScratch::Lease lease(scratch);
                    Item(pass, row_begin, row_end, sums, lease.first(), lease.second()).run(begin, end);
                });
+    return GRANET_OK;
 }
 
-int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient, const Images& source, float* dw,
-          int threads) {
+int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient, const Images& source,
+          float* dw, int threads) {
     const int64_t nnz = layout->nnz();
-    const bool direct = direct_applies(k, c, source.strides, gradient.strides);
-    const Geometry g =
-        make_geometry(forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
-                      forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k, Use::dots);
-    if (!direct && !g.is_supported(c.out * g.th * g.row_vectors() * g.vector)) return GRANET_UNSUPPORTED;
-    clear(dw, c.out * c.in * c.kh * c.kw, threads);
-    if (nnz == 0 || c.n == 0) return GRANET_OK;
-    if (!direct) {
-        wgrad_panels(k, layout, c, g, gradient, source, dw, threads);
+    if (nnz == 0 || c.n == 0) {
+        clear(dw, c.out * c.in * c.kh * c.kw, threads);
         return GRANET_OK;
     }
+    if (!direct_applies(k, c, source.strides, gradient.strides))
+        return wgrad_panels(k, layout, c, gradient, source, dw, threads);
     const auto table = layout->table(wgrad_direct_access(k, c, source.strides[1], nnz));
-    sum_chunks(c, *table, c.n, dw, threads,
+    sum_chunks(*layout, *table, c.n, dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    wgrad_direct(k, *table, gradient, source, c.h * c.w, Part{row_begin, row_end, begin, end}, sums);
                });
