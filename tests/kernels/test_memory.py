@@ -6,6 +6,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from granet_kernels.cpu_backend import library, memory
 
@@ -16,6 +18,7 @@ LARGE = (memory.LEAST_BYTES // 4 + 5,)
 def _with_library():
     if library.load() is None:
         pytest.skip(str(library.unavailable()))
+    gc.collect()
     memory.release()
 
 
@@ -41,6 +44,33 @@ def test_release_gives_back_what_is_idle():
     assert memory.release() >= memory.LEAST_BYTES
     assert memory.release() == 0
     assert (kept == 1).all()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)], ids=str)
+def test_neighbours_are_joined(order):
+    tensors = [memory.empty(LARGE) for _ in range(4)]
+    first, second, third, _ = (tensor.data_ptr() for tensor in tensors)
+    assert second - first == third - second  # in the order in which they were asked for
+    for i in order:
+        tensors[i] = None
+    assert memory.empty((3 * LARGE[0],)).data_ptr() == first
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 6)), max_size=40), st.booleans())
+def test_any_order_of_requests(steps, release):
+    tensors = {}
+    for number, (place, size) in enumerate(steps):
+        tensors.pop(place, None)
+        tensors[place] = memory.empty((size * memory.LEAST_BYTES // 4 + number,)).fill_(number), number
+        if release:
+            memory.release()
+        assert all((t[::1000] == n).all() and t[-1] == n for t, n in tensors.values())
+
+
+def test_more_than_there_is():
+    with pytest.raises(MemoryError, match="no memory for a result of shape"):
+        memory.empty((1 << 50,))
+    assert (memory.empty(LARGE).fill_(1) == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (700, 700), (2, 3, 400, 300), (0, 4)], ids=str)
