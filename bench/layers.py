@@ -12,7 +12,8 @@ from torch import Tensor
 from bench import plots
 from bench.layer_sets import LayerShape, layer_set
 from bench.memory import peak_bytes
-from bench.options import Record, parser, positive, sparsity
+from bench.options import Record, granularity, parser, positive, sparsity
+from bench.options import layers as layer_source
 from bench.peers import DENSE, DIRECTIONS, IMPLEMENTATIONS, Candidate, Operands, Reference, candidate, draw, masked
 from bench.records import MACHINE, RESULTS, TIMES, Row, geometric_mean, level_of, markdown, percent, unique
 from bench.timing import Budget, Timing, alternate
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--layers",
         nargs="+",
+        type=layer_source,
         default=["vgg19"],
         metavar="SET",
         help='"linear", or models: their distinct convolutions at 32x32 (default vgg19)',
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--only", type=positive, metavar="N", help="only the first N layers of each set")
     options.add_argument("--batch", type=positive, default=128, metavar="N", help="images; the set linear has its own")
     options.add_argument("--sparsity", nargs="+", type=sparsity, default=[0.9, 0.95, 0.98], metavar="S")
-    options.add_argument("--granularity", default="unstructured", help="as granet.sparsify takes it")
+    options.add_argument("--granularity", type=granularity, default="unstructured", help="as granet.sparsify takes it")
     options.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     options.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     args = options.parse_args(argv)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from bench.records import Row, append, machine
+from granet.granularity import parse
+from granet.models import create_model
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
@@ -52,6 +54,30 @@ def sparsity(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"expected a sparsity in [0, 1), got {text!r}")
     return value
+
+
+def model(text: str) -> str:
+    """The name of a model."""
+    try:
+        with torch.device("meta"):
+            create_model(text, 10)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def layers(text: str) -> str:
+    """A model, or "linear"."""
+    return text if text == "linear" else model(text)
+
+
+def granularity(text: str) -> str:
+    """What granet.sparsify takes."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 @dataclass

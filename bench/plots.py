@@ -86,6 +86,8 @@ def save_split(splits: Mapping[str, Mapping[str, float]], path: Path, title: str
     left = [0.0] * len(splits)
     for index, part in enumerate(next(iter(splits.values()))):
         widths = [split[part] for split in splits.values()]
+        if not any(widths):
+            continue
         axes.barh(list(splits), widths, left=left, color=_PARTS[index % len(_PARTS)], label=part, height=0.65)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for place, total in enumerate(left):

@@ -21,10 +21,11 @@ COLUMNS = (
     *("model", "batch", "dtype", "threads", "sparsity", "granularity", "implementation", "part", "ms", *MACHINE),
 )
 FORWARD, DGRAD, WGRAD, OTHER = "conv forward", "conv dgrad", "conv wgrad", "other"
+BOTH = "conv dgrad + wgrad"  # of layers that granet leaves to torch, which computes them in one call
 NORM = "batch norm, ReLU"  # granet computes them together
-PARTS = (FORWARD, DGRAD, WGRAD, NORM, "pooling", "optimizer", OTHER)
+PARTS = (FORWARD, DGRAD, WGRAD, BOTH, NORM, "pooling", "optimizer", OTHER)
 
-# The first rule with which the name of an operation, or of the outermost one around it, begins.
+# The first with which the name of an operation, or of one around it, begins.
 _RULES = (
     ("Optimizer.", "optimizer"),
     (f"bench::{DGRAD}", DGRAD),
@@ -33,6 +34,7 @@ _RULES = (
     ("granet::conv2d_wgrad", WGRAD),
     ("granet::conv2d", FORWARD),
     ("aten::conv2d", FORWARD),
+    ("aten::convolution_backward", BOTH),
     ("granet::norm", NORM),
     ("aten::batch_norm", NORM),
     ("aten::native_batch_norm", NORM),
@@ -91,10 +93,9 @@ def _part_of(event: Any) -> str:
     while event.cpu_parent is not None:
         event = event.cpu_parent
         path.append(event.name)
-    for name in reversed(path):
-        for start, part in _RULES:
-            if name.startswith(start):
-                return part
+    for start, part in _RULES:
+        if any(name.startswith(start) for name in path):
+            return part
     return OTHER
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import plots, split
 from bench.memory import peak_bytes
-from bench.options import Record, parser, positive, sparsity
+from bench.options import Record, granularity, model, parser, positive, sparsity
 from bench.records import MACHINE, RESULTS, TIMES, Row, level_of, markdown, percent, unique
 from bench.step_models import DENSE, IMPLEMENTATIONS, Setting, Trainer, check_gradients, reference_gradients
 from bench.timing import Budget, Timing, alternate
@@ -32,12 +32,14 @@ Key = tuple[str, str, float]  # implementation, granularity, sparsity
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__, "step_time")
     options.add_argument(
-        "--model", nargs="+", default=["vgg19"], metavar="MODEL", help="models of granet (default vgg19)"
+        "--model", nargs="+", type=model, default=["vgg19"], metavar="MODEL", help="models of granet (default vgg19)"
     )
     options.add_argument("--batch", type=positive, default=128, metavar="N")
     options.add_argument("--image-size", type=positive, default=32, metavar="N")
     options.add_argument("--sparsity", nargs="+", type=sparsity, default=[0.9, 0.95, 0.98], metavar="S")
-    options.add_argument("--granularity", nargs="+", default=["unstructured"], help="as granet.sparsify takes it")
+    options.add_argument(
+        "--granularity", nargs="+", type=granularity, default=["unstructured"], help="as granet.sparsify takes it"
+    )
     options.add_argument(
         "--distribution", choices=DISTRIBUTIONS, default="erk", help="of the kept weights over the layers (default erk)"
     )
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse_args(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     settings = [Setting(name, args.batch, args.image_size, args.distribution, args.fused) for name in args.model]
-    levels = [(granularity, level) for granularity in args.granularity for level in args.sparsity]
+    levels = [(name, level) for name in args.granularity for level in args.sparsity]
     if args.split:
         return split.show(settings, levels, args.csv or RESULTS / "step_split.csv", args.rounds, PLAN_WARMUP)
 
@@ -93,13 +95,13 @@ def _trainers(
 ) -> dict[Key, Trainer]:
     """The models to time: all that compute the gradients of dense torch."""
     found: dict[Key, Trainer] = {}
-    for granularity, level in [("dense", 0.0), *levels]:
-        wanted = [name for name in implementations if (name in DENSE) == (granularity == "dense")]
+    for units, level in [("dense", 0.0), *levels]:
+        wanted = [name for name in implementations if (name in DENSE) == (units == "dense")]
         if not wanted:
             continue
-        reference = reference_gradients(setting, granularity, level)
+        reference = reference_gradients(setting, units, level)
         for implementation in wanted:
-            key = (implementation, granularity, level)
+            key = (implementation, units, level)
             trainer = Trainer(setting, *key)
             try:
                 check_gradients(trainer, reference)
@@ -111,13 +113,13 @@ def _trainers(
 
 
 def _row(trainer: Trainer, key: Key, timing: Timing, dense: float | None) -> Row:
-    implementation, granularity, level = key
+    implementation, units, level = key
     return {
         "model": trainer.setting.model,
         "batch": trainer.setting.batch,
         "dtype": "float32",
         "sparsity": level,
-        "granularity": granularity,
+        "granularity": units,
         "distribution": trainer.setting.distribution,
         "implementation": implementation,
         **timing.columns(),
@@ -144,8 +146,8 @@ def summary(rows: Sequence[Row]) -> str:
         [
             f"{row['model']}, {row['implementation']}" + _unless_dense(row),
             level_of(row).strip(),
-            f"{row['ms_median']:.0f}",
-            f"{row['ms_p20']:.0f} to {row['ms_p80']:.0f}",
+            _ms(row["ms_median"]),
+            f"{_ms(row['ms_p20'])} to {_ms(row['ms_p80'])}",
             "n/a" if row["speedup_over_dense"] is None else f"{row['speedup_over_dense']:.2f}x",
             f"{row['gflops']:.0f}",
             "n/a" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}",
@@ -153,6 +155,10 @@ def summary(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown(header, lines)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _unless_dense(row: Row) -> str:

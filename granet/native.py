@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 
 import granet_kernels
 from granet_kernels.cpu_backend import library
+from granet_kernels.eager import is_eager
 
 LEAST_VALUES = 2**17  # of an image batch: below, the call of the op costs more than its native code saves
 
@@ -20,11 +20,7 @@ def is_native_image(x: Tensor) -> bool:
     Not under torch.compile, which fuses by itself, nor in a run that the plan fixes to be dense.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # custom ops have no rule for vmap and torch.func.grad
-        and not torch.jit.is_tracing()  # a traced module is to run without granet
-        and forward_ad._current_level < 0  # nor for forward-mode derivatives
-        and type(x) is Tensor
+        is_eager(x)  # a traced module is to run without granet; for torch.func, custom ops have no rules
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() == 4

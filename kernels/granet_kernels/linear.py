@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from granet_kernels.checks import check_operands
+from granet_kernels.cpu_backend import plain
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
 
 linear_op = torch.library.custom_op(
@@ -66,7 +67,9 @@ def linear(
         raise ValueError(f"linear: expected x of shape (..., {weight.shape[1]}), got shape {tuple(x.shape)}")
     leading = x.shape[:-1]
     rows = x if x.dim() == 2 else x.reshape(leading.numel(), weight.shape[1])
-    y: Tensor = linear_op(rows, weight, mask, bias, dense_wgrad)
+    y = plain.linear(rows, weight, mask, bias, dense_wgrad)
+    if y is None:
+        y = linear_op(rows, weight, mask, bias, dense_wgrad)
     return y if x.dim() == 2 else y.reshape(*leading, weight.shape[0])
 
 

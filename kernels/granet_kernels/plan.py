@@ -16,7 +16,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ RULE_DENSITY = 0.5  # native up to it by the rule, and until something is measur
 _SHARE, _ALLOWANCE = 0.02, 0.2  # of the time since the first call, and seconds granted from the start
 _MOST_LOSS = 10.0  # winner's times charged for one call: a stall of the machine must not end the exploration
 _PERIOD = 16  # of so many calls at one density one is timed, once there is a winner
+_PASSING = 64  # of so many calls that need no op, one takes it all the same
 _RECHECK = 2048  # of so many one goes to the loser, in case it was measured at a bad moment; early on, more do
 _SAVE_EVERY = 60.0
 _MOST_SITES = 8192
@@ -157,6 +158,17 @@ class Plan:
             return self._decide(site, layout, count)
         return choice, False
 
+    def agrees_on_dense(self, sites: Sequence[Site], layout: SparseLayout) -> bool:
+        """Whether all of a layer's directions run densely at this density, so that no op has to be called.
+
+        A measured plan says no now and then: it learns from the ops alone.
+        """
+        mode = self.mode()
+        if mode != MEASURED:
+            return all(self._fixed_choice(mode, site, layout) == DENSE for site in sites)
+        sites[0].passed += 1
+        return sites[0].passed % _PASSING != 0 and all(site.choices.get(layout.bucket) == DENSE for site in sites)
+
     def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
         """Take down what a timed call took.
 
@@ -273,19 +285,10 @@ class Plan:
             site.fixed, site.generation = {}, self._generation
         choice = site.fixed.get(layout.bucket)
         if choice is None:
-            choice = site.fixed[layout.bucket] = self._choice_in_file(site, layout)
+            choice = site.fixed[layout.bucket] = plan_files.choice_at(
+                self._fixed.get(site.key, {}), layout.bucket
+            ) or _rule(layout)
         return choice
-
-    def _choice_in_file(self, site: Site, layout: SparseLayout) -> str:
-        """The choice in the file, or what follows from its neighbours: sparser is native's side, denser is dense's."""
-        choices = self._fixed.get(site.key, {})
-        if layout.bucket in choices:
-            return choices[layout.bucket]
-        if any(bucket < layout.bucket and choice == NATIVE for bucket, choice in choices.items()):
-            return NATIVE
-        if any(bucket > layout.bucket and choice == DENSE for bucket, choice in choices.items()):
-            return DENSE
-        return _rule(layout)
 
 
 def _is_recheck(count: int, measured: bool) -> bool:
@@ -310,6 +313,7 @@ if hasattr(os, "register_at_fork"):
 
 mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
+agrees_on_dense = _plan.agrees_on_dense
 is_warm, note = plan_notes.is_warm, plan_notes.note
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
 save, load, clear = _plan.save, _plan.set_mode, _plan.clear

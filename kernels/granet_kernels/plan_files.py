@@ -81,6 +81,15 @@ def read_choices(path: Path) -> Choices:
     return choices
 
 
+def choice_at(choices: dict[int, str], bucket: int) -> str | None:
+    """The choice for a density, or what follows from its neighbours: sparser is native's side, denser is dense's."""
+    if bucket in choices:
+        return choices[bucket]
+    if any(known < bucket and choice == "native" for known, choice in choices.items()):
+        return "native"
+    return "dense" if any(known > bucket and choice == "dense" for known, choice in choices.items()) else None
+
+
 def write_choices(path: Path, choices: Choices) -> None:
     """Write a fixed plan.
 

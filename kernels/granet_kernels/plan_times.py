@@ -103,10 +103,10 @@ class Site:
     """One op and direction on one geometry, with one number of threads: its times, and its choices by density bucket.
 
     The key names all that in plain text; it stands in the files. `choices` are what measuring has led to, `fixed` those
-    of a fixed plan, looked up under its `generation`.
+    of a fixed plan, looked up under its `generation`. `passed` counts the calls that went past the op.
     """
 
-    __slots__ = ("choices", "counts", "dense_is_warm", "fixed", "generation", "is_set_up", "key", "times")
+    __slots__ = ("choices", "counts", "dense_is_warm", "fixed", "generation", "is_set_up", "key", "passed", "times")
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -120,6 +120,7 @@ class Site:
         self.fixed: dict[int, str] = {}
         self.dense_is_warm = self.is_set_up = False
         self.generation = -1
+        self.passed = 0
 
     @property
     def calls(self) -> int:

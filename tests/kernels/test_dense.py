@@ -78,7 +78,7 @@ def test_linear(transposed, dtype, random_mask):
 def test_masking_selects_whatever_the_value(dtype):
     values = torch.tensor([1.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-7]).to(dtype).repeat(2)
     mask = torch.tensor([True] * 6 + [False] * 6)
-    got = dense._masked(values, mask, full=False)
+    got = dense.masked(values, mask, full=False)
     expected = torch.where(mask, values, 0)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(got.signbit(), expected.signbit())
@@ -86,7 +86,7 @@ def test_masking_selects_whatever_the_value(dtype):
 
 def test_a_full_mask_masks_nothing():
     mask, values = torch.ones(3, 4, dtype=torch.bool), torch.randn(3, 4)
-    assert dense._masked(values, mask, full=True) is values
+    assert dense.masked(values, mask, full=True) is values
 
 
 def test_autocast_does_not_reach_inside():

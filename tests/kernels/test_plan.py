@@ -450,7 +450,7 @@ def test_the_ops_follow_the_plan_and_agree(random_mask):
 
 @needs_library
 def test_the_ops_are_measured(random_mask):
-    mask, weight, x = random_mask((30, 40), 0.1), torch.randn(30, 40), torch.randn(8, 40)
+    mask, weight, x = random_mask((300, 400), 0.1), torch.randn(300, 400), torch.randn(8, 400)
     plan.clear()
     with plan.use("measured"):
         for _ in range(100):
@@ -469,7 +469,7 @@ import os, threading, torch, granet_kernels
 from granet_kernels import plan
 assert plan.mode() == "measured"
 torch.set_num_threads(1)
-mask, weight, x = torch.ones(9, 8, dtype=torch.bool), torch.randn(9, 8), torch.randn(4, 8)
+mask, weight, x = torch.rand(300, 400) < 0.1, torch.randn(300, 400), torch.randn(4, 400)
 run = lambda: [granet_kernels.linear(x, weight, mask) for _ in range(40)]
 run()
 with plan._plan._lock:

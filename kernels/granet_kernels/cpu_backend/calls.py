@@ -32,6 +32,8 @@ class Call:
         first, second: strides of the two images: input and output, gradient and input gradient, gradient and input.
         shape, strides: of the result; unused for wgrad, whose result is as the mask.
         fits: whether the weight has the mask's strides.
+        partners: sites of the other directions, of a forward pass whose gradient comes back in the strides of its
+            result.
         supported: whether the library takes this geometry, as far as is known.
     """
 
@@ -44,6 +46,7 @@ class Call:
     strides: tuple[int, ...]
     fits: bool
     threads: int
+    partners: dict[str, plan.Site]
     supported: bool = True
 
 
@@ -114,9 +117,9 @@ def _prepare(
         x_sizes = four(second.shape, 1)
     else:
         x_sizes = four(x_shape or (first.shape[0], channels), 1)
-    n, _, *image = x_sizes
+    n, _, *pixels = x_sizes
     size = [
-        (image[i] + 2 * geometry[1][i] - geometry[2][i] * (kernel[i] - 1) - 1) // geometry[0][i] + 1 for i in (0, 1)
+        (pixels[i] + 2 * geometry[1][i] - geometry[2][i] * (kernel[i] - 1) - 1) // geometry[0][i] + 1 for i in (0, 1)
     ]
     y_sizes = (n, out, *size)
     agree = x_sizes[1] == channels and min(x_sizes) > 0 and min(size) > 0
@@ -129,18 +132,24 @@ def _prepare(
     conv = library.Conv(*x_sizes, out, *kernel, *geometry[0], *geometry[1], *geometry[2], *size)
     shape = (y_sizes if direction == "forward" else x_sizes)[: mask.dim()]
     layout = image_format(first, second) if op == "conv2d" else torch.contiguous_format
-    strides = torch.empty(shape, memory_format=layout, device="meta").stride()
-    result = strides if direction != "wgrad" else second.stride()
+    image = torch.empty(shape, memory_format=layout, device="meta")
+    result = image.stride() if direction != "wgrad" else second.stride()
+
+    def site(direction: str, *operands: Tensor) -> plan.Site:
+        return plan.site(_site_key(op, direction, x_sizes, mask, geometry, operands, threads))
+
+    is_forward = direction == "forward"
     return Call(
-        site=plan.site(_site_key(op, direction, x_sizes, mask, geometry, (first, second), threads)),
+        site=site(direction, first, second),
         direction=direction,
         conv=conv,
         first=_int64s(four(first.stride(), 0)),
         second=_int64s(four(result, 0)),
         shape=shape,
-        strides=strides,
+        strides=image.stride(),
         fits=direction == "wgrad" or _same_strides(second, mask),
         threads=threads,
+        partners={"dgrad": site("dgrad", image, second), "wgrad": site("wgrad", image, first)} if is_forward else {},
     )
 
 
@@ -150,7 +159,7 @@ def _site_key(
     x_sizes: Sequence[int],
     mask: Tensor,
     geometry: tuple[tuple[int, ...], ...],
-    operands: tuple[Tensor, Tensor],
+    operands: tuple[Tensor, ...],
     threads: int,
 ) -> str:
     """The name of a site, e.g. "conv2d forward 128x64x32x32 * 64x64x3x3, 1x1 1x1 1x1, nhwc nchw nchw, 2 threads"."""

@@ -45,13 +45,13 @@ def _as_given(compute: Callable[P, Tensor]) -> Callable[P, Tensor]:
 @_as_given
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, full: bool = False) -> Tensor:
     """reference.linear_ref."""
-    return F.linear(x, _masked(weight, mask, full), bias)
+    return F.linear(x, masked(weight, mask, full), bias)
 
 
 @_as_given
 def linear_dgrad(grad: Tensor, weight: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """reference.linear_dgrad_ref."""
-    return grad @ _masked(weight, mask, full)
+    return grad @ masked(weight, mask, full)
 
 
 @_as_given
@@ -73,7 +73,7 @@ def conv2d(
     full: bool = False,
 ) -> Tensor:
     """reference.conv2d_ref."""
-    y = F.conv2d(x, _masked(weight, mask, full), bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    y = F.conv2d(x, masked(weight, mask, full), bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     return y.contiguous(memory_format=image_format(x, weight))
 
 
@@ -92,7 +92,7 @@ def conv2d_dgrad(
     """reference.conv2d_dgrad_ref."""
     layout = image_format(grad, weight)
     shape_only = torch.empty(tuple(x_shape), dtype=grad.dtype, memory_format=layout)
-    operands = grad, shape_only, _masked(weight, mask, full)
+    operands = grad, shape_only, masked(weight, mask, full)
     x_grad: Tensor = _convolution_backward(*operands, stride, padding, dilation, groups, (True, False, False))[0]
     return x_grad.contiguous(memory_format=layout)
 
@@ -131,7 +131,7 @@ def _convolution_backward(
     return result
 
 
-def _masked(values: Tensor, mask: Tensor, full: bool) -> Tensor:
+def masked(values: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """torch.where(mask, values, 0)."""
     if full:
         return values

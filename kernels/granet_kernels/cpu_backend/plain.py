@@ -1,0 +1,108 @@
+"""Layers that run densely in every direction, as torch's own layers with a masked weight.
+
+An op costs some 50 us more than torch's own operation in each direction, and computes the masked weight once for each.
+Where nothing is to be gained by native code, torch's autograd is the faster way to the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granet_kernels import plan
+from granet_kernels.cpu_backend import dense
+from granet_kernels.cpu_backend.calls import find_call
+from granet_kernels.eager import is_eager
+from granet_kernels.layout import SparseLayout, layout_of
+from granet_kernels.reference import image_format
+
+LEAST_FLOPS = 2**24  # of a forward pass; torch needs 0.1 ms for it, in which an op hardly begins
+_MOST_SMALL = 2**16  # weights of a layer that is small all the same: to mask them takes as long as to call an op
+_MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts, and the op costs it nothing
+
+
+def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
+    """granet_kernels.linear of rows, or None if that is for the op."""
+    flops = 2 * x.shape[0] * weight.numel()
+    effective = _weight("linear", x, weight, mask, bias, dense_wgrad, (), flops)
+    return None if effective is None else F.linear(x, effective, bias)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    dense_wgrad: Tensor | None,
+) -> Tensor | None:
+    """granet_kernels.conv2d of a batch, or None if that is for the op."""
+    flops = 2 * x.shape[0] * weight.numel() * math.prod(x.shape[2:]) // math.prod(stride)
+    geometry = stride, padding, dilation, groups
+    effective = _weight("conv2d", x, weight, mask, bias, dense_wgrad, geometry, flops)
+    if effective is None:
+        return None
+    return F.conv2d(x, effective, bias, *geometry).contiguous(memory_format=image_format(x, weight))
+
+
+class _Masked(torch.autograd.Function):
+    """where(mask, values, 0), with the gradient of a sparse layer's weight."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.dense_wgrad = dense_wgrad
+        return dense.masked(values, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        if ctx.dense_wgrad is not None and ctx.dense_wgrad:
+            return grad, None, None
+        masked: Tensor = _Masked.apply(grad, mask, None) if torch.is_grad_enabled() else dense.masked(grad, mask)
+        return masked, None, None
+
+
+def _weight(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_wgrad: Tensor | None,
+    geometry: Sequence[Any],
+    flops: int,
+) -> Tensor | None:
+    """The weight to hand to torch, or None if the op is to be called."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not is_eager(x, weight, mask):
+        return None
+    mode = plan.mode()
+    if mode == plan.NATIVE:
+        return None
+    layout = layout_of(mask)
+    full = layout.nnz == layout.numel and weight.stride() == mask.stride()
+    if not full and layout.numel > _MOST_MASKED:
+        return None
+    call = find_call(op, "forward", x, weight, mask, bias, *geometry)
+    if call is not None:
+        needed = {"forward": call.site}
+        needed |= {"dgrad": call.partners["dgrad"]} if x.requires_grad else {}
+        needed |= {"wgrad": call.partners["wgrad"]} if weight.requires_grad else {}
+        small = flops < LEAST_FLOPS and layout.numel <= _MOST_SMALL and mode in (plan.MEASURED, plan.RULE)
+        if not (full or small or plan.agrees_on_dense(tuple(needed.values()), layout)):
+            return None
+        _note(needed, layout)
+    return weight if full else _Masked.apply(weight, mask, dense_wgrad)
+
+
+def _note(sites: dict[str, plan.Site], layout: SparseLayout) -> None:
+    for direction, site in sites.items():
+        plan.note(site, direction, layout, plan.DENSE)
