@@ -145,6 +145,11 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"speed            {summary['images_per_second']:,.0f} images/s, {summary['seconds']:.1f} s in all",
         f"checkpoint       {summary['checkpoint_bytes']:,} bytes",
     ]
+    if summary["native_share"] is not None:
+        measuring = f", {summary['plan_seconds']:.1f} s lost on measuring" if summary["plan"] == "measured" else ""
+        lines.insert(
+            4, f"plan             {summary['plan']}: {summary['native_share']:.0%} of the products natively{measuring}"
+        )
     if summary["best_test_accuracy"] is not None:
         best = (
             f"best epoch       {summary['best_epoch']} by validation ({summary['best_validation_accuracy']:.2%}): "

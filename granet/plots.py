@@ -1,4 +1,4 @@
-"""The three pictures of a run: learning curves, sparsity and FLOPs over time, and the final sparsity of each layer."""
+"""The pictures of a run: learning curves, sparsity and FLOPs, speed; the final sparsity of each layer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def plot_run(folder: RunFolder) -> list[Path]:
     figures = {
         "learning.png": learning_curves(rows),
         "sparsity.png": sparsity_and_flops(rows),
+        "speed.png": speed(rows),
         "layers.png": layer_sparsity(folder.load_layers()),
     }
     return [_save(figure, folder.path / name) for name, figure in figures.items()]
@@ -58,6 +59,24 @@ def sparsity_and_flops(rows: list[Row]) -> Figure:
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def speed(rows: list[Row]) -> Figure:
+    """Training images a second, and how much of the products sparse code computes, over the epochs."""
+    shares = {row["epoch"]: row["native_share"] for row in rows if row["native_share"] is not None}
+    figure, panels = _figure(2 if shares else 1, 9.0, 3.6)
+    _line(panels[0], [row["epoch"] for row in rows], [row["images_per_second"] for row in rows], _BLUE, "images/s")
+    panels[0].set_title("Training images/s", loc="left", fontsize=11)
+    panels[0].set_ylim(bottom=0)
+    if shares:
+        _line(panels[1], list(shares), list(shares.values()), _GREEN, "native")
+        panels[1].set_title("Products that sparse code computes", loc="left", fontsize=11)
+        panels[1].set_ylim(0, 1.02)
+        panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in panels:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -99,6 +99,15 @@ class Sparsifier:
         return 1 - self.nnz / self.numel
 
     @property
+    def native_share(self) -> float | None:
+        """Of the products that the layers computed last (forward, both gradients), the share that sparse code did.
+
+        None where masked dense is all there is.
+        """
+        names = [name for layer in self.layers for name in layer.implementations]
+        return sum(name == "native" for name in names) / len(names) if names else None
+
+    @property
     def unit_sparsity(self) -> float:
         """Fraction of the units that is dropped; what the method aims at. Filters are units of different sizes."""
         return 1 - sum(layer.kept for layer in self.layers) / sum(layer.units for layer in self.layers)

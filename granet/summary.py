@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import granet_kernels
 from granet.checkpoint import NAME as CHECKPOINT
 from granet.evaluate import dense_model, loss_and_accuracy
 from granet.run import BEST, Row, RunFolder
@@ -31,6 +32,9 @@ def summarise(session: Session, folder: RunFolder, began: float) -> Row:
         "test_flops_ratio": session.meter.test_ratio,
         "train_flops_ratio": session.meter.train_ratio,
         "images_per_second": at.images / max(at.train_seconds, 1e-9),
+        "native_share": at.rows[-1]["native_share"],
+        "plan": granet_kernels.plan.mode(),
+        "plan_seconds": granet_kernels.plan.summary().seconds,
         "seconds": time.monotonic() - began,
         "checkpoint_bytes": (folder.path / CHECKPOINT).stat().st_size,
         "epochs": config.epochs,

@@ -82,11 +82,17 @@ class Layer:
         """
         if not isinstance(self.owner, SparseLayer):
             return "dense, masked gradient"
-        mask = self.mask
-        names = [name for name, _ in granet_kernels.plan.report(mask).values()]
+        names = self.implementations
         if not names:
-            return "" if granet_kernels.plan.concerns(mask) else "dense"
+            return "" if granet_kernels.plan.concerns(self.mask) else "dense"
         return names[0] if len(set(names)) == 1 else "/".join(names)
+
+    @property
+    def implementations(self) -> list[str]:
+        """The same by direction, as far as the plan had a choice."""
+        if not isinstance(self.owner, SparseLayer):
+            return []
+        return [name for name, _ in granet_kernels.plan.report(self.mask).values()]
 
     @property
     def speedup(self) -> float | None:

@@ -200,6 +200,8 @@ def finish_epoch(session: Session, folder: RunFolder, began: float) -> None:
     at = session.position
     check_finite(session)
     loss, correct, examples = at.sums.tolist()
+    # Before validation, whose batches may run otherwise. A run resumed at an epoch's very end has computed nothing yet.
+    native_share = session.sparsifier.native_share
     validation: tuple[float | None, float | None] = (None, None)
     if session.data.validation is not None:
         session.model.eval()
@@ -217,6 +219,7 @@ def finish_epoch(session: Session, folder: RunFolder, began: float) -> None:
         "test_flops_ratio": session.meter.test_ratio,
         "train_flops_ratio": session.meter.train_ratio,
         "images_per_second": examples / max(at.epoch_seconds, 1e-9),
+        "native_share": native_share,
         "seconds": time.monotonic() - began,
     }
     at.rows.append(row)

@@ -69,7 +69,7 @@ def test_folder_holds_everything(finished):
     names = {
         "config.yaml", "metrics.jsonl", "metrics.csv", "summary.json", "layers.csv", NAME, PREVIOUS_NAME,
         "model.safetensors", "model-masks.safetensors", "best.safetensors", "best-masks.safetensors",
-        "learning.png", "sparsity.png", "layers.png",
+        "learning.png", "sparsity.png", "speed.png", "layers.png",
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "learning.png").read_bytes().startswith(b"\x89PNG")

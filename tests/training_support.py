@@ -15,7 +15,7 @@ from granet.data import DataConfig
 from granet.methods import GraNet
 from granet.run import TIME_COLUMNS
 
-TIMES = ("epoch_seconds", "train_seconds", "seconds", "images_per_second")
+TIMES = ("epoch_seconds", "train_seconds", "seconds", "images_per_second", "native_share")
 
 
 def small_config(**changes: Any) -> TrainConfig:
