@@ -54,6 +54,7 @@ class BuildNative(build_ext):
             self.compiler.compile = compile_in_parallel
             super().build_extension(extension)
         except (BaseError, CCompilerError) as error:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build: not of this code
             self.warn(f"granet is built without its native CPU library, sparse layers run at dense cost: {error}")
             raise  # setuptools goes on, the extension is optional
         finally:

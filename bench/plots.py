@@ -1,11 +1,11 @@
-"""Pictures of measurements: speed-up over sparsity with the break-even, and where the time of a step goes."""
+"""Pictures of measurements: speed-up over sparsity with the break-even, the parts of a step, the speed of runs."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from bench.records import Row
 from granet.files import write_atomically
 
 # Panel to line to sparsity to speed-up.
@@ -27,6 +28,7 @@ _COLOURS = {
     "dense-times-mask": "#8a8f98",
 }
 _GREY = "#8a8f98"
+_RUNS = ("#2f6fb3", "#e07b39", "#3a9a6b", "#8e6bb0")
 _PARTS = ("#2f6fb3", "#6fa3d8", "#b5d0ec", "#e07b39", "#f0b48a", "#3a9a6b", "#8e6bb0", "#c9ccd1")
 
 
@@ -98,6 +100,32 @@ def save_split(splits: Mapping[str, Mapping[str, float]], path: Path, title: str
     axes.set_title(title, loc="left", fontsize=11)
     _plain(axes)
     axes.legend(frameon=False, fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
+def save_training(epochs: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
+    """Images a second over the epochs of some runs; beside it sparsity, and the share of products computed natively."""
+    figure = _figure(9.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    for (name, rows), colour in zip(epochs.items(), _RUNS * len(epochs), strict=False):
+        numbers = [row["epoch"] for row in rows]
+        style = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 3.5}
+        left.plot(numbers, [row["images_per_second"] for row in rows], label=name, **style)
+        shares = [(row["epoch"], row["native_share"]) for row in rows if row["native_share"] is not None]
+        if shares:
+            right.plot(*zip(*shares, strict=True), label=f"native, {name}", **style)
+    rows = next(iter(epochs.values()))
+    right.plot([row["epoch"] for row in rows], [row["sparsity"] for row in rows], color=_GREY, label="sparsity")
+    left.set_ylim(bottom=0)
+    left.set_ylabel("training images/s")
+    right.set_ylim(0, 1.02)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=8)
+        _plain(axes)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     _save(figure, path)
 
 

@@ -13,12 +13,14 @@ from torch.nn.utils import parametrize
 import granet
 from bench.verify import WrongResultError, check_close, check_zero_off
 from granet.flops import layer_macs
+from granet.fusion import fuse
 from granet.methods import Static
 from granet.models import create_model
 from granet_kernels import plan
 
 DENSE = ("dense", "dense-channels_last")
-IMPLEMENTATIONS = (*DENSE, "dense-times-mask", "granet", "granet-native", "granet-channels_last")
+WITHOUT_MASKS = (*DENSE, "dense-granet-norms")  # the last: granet's batch norm and pooling, but nothing sparse
+IMPLEMENTATIONS = (*WITHOUT_MASKS, "dense-times-mask", "granet", "granet-native", "granet-channels_last")
 CLASSES = 10
 
 # Rounding flips signs at ReLUs and winners in max-pools, so that gradients of torch's own two layouts differ by up to
@@ -68,8 +70,10 @@ class Trainer:
         torch.manual_seed(0)
         self.model = create_model(setting.model, CLASSES)
         self.masks: dict[str, Tensor] = {}
-        if implementation not in DENSE:
+        if implementation not in WITHOUT_MASKS:
             self.masks = self._sparsify(granularity, sparsity)
+        if implementation == "dense-granet-norms":
+            fuse(self.model)
         images, labels = batch_of(setting)
         if implementation.endswith("channels_last"):
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

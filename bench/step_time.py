@@ -13,7 +13,15 @@ from bench import plots, split
 from bench.memory import peak_bytes
 from bench.options import Record, granularity, model, parser, positive, sparsity
 from bench.records import MACHINE, RESULTS, TIMES, Row, level_of, markdown, percent, unique
-from bench.step_models import DENSE, IMPLEMENTATIONS, Setting, Trainer, check_gradients, reference_gradients
+from bench.step_models import (
+    DENSE,
+    IMPLEMENTATIONS,
+    WITHOUT_MASKS,
+    Setting,
+    Trainer,
+    check_gradients,
+    reference_gradients,
+)
 from bench.timing import Budget, Timing, alternate
 from bench.verify import WrongResultError
 from granet.distribution import DISTRIBUTIONS
@@ -22,7 +30,7 @@ COLUMNS = (
     *("model", "batch", "dtype", "threads", "sparsity", "granularity", "distribution", "implementation", *TIMES),
     *("speedup_over_dense", "gflops", "bytes", *MACHINE),
 )
-DEFAULT = ("dense", "dense-channels_last", "dense-times-mask", "granet", "granet-native")
+DEFAULT = (*WITHOUT_MASKS, "dense-times-mask", "granet", "granet-native")
 # The measured plan begins with a guess and goes on to try its candidates while it works: see granet_kernels.plan.
 PLAN_WARMUP = 10
 
@@ -96,7 +104,7 @@ def _trainers(
     """The models to time: all that compute the gradients of dense torch."""
     found: dict[Key, Trainer] = {}
     for units, level in [("dense", 0.0), *levels]:
-        wanted = [name for name in implementations if (name in DENSE) == (units == "dense")]
+        wanted = [name for name in implementations if (name in WITHOUT_MASKS) == (units == "dense")]
         if not wanted:
             continue
         reference = reference_gradients(setting, units, level)

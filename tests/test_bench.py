@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, and report no time for a wrong result. No test looks at a time itself."""
 
 import csv
+import json
 
 import matplotlib.image
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import bench.__main__ as everything
-from bench import layers, peers, plots, records, split, step_models, step_time, timing, topk
+from bench import layers, peers, plots, records, split, step_models, step_time, timing, topk, training
 from bench.layer_sets import LayerShape, layer_set
 from bench.memory import peak_bytes
 from bench.options import Record
@@ -262,7 +263,7 @@ class TestCommands:
         rows = read(path)
         assert set(rows[0]) >= REQUIRED | set(records.MACHINE)
         assert [row["implementation"] for row in rows] == list(step_models.IMPLEMENTATIONS)
-        assert [float(row["sparsity"]) for row in rows] == [0] * 2 + [0.5] * 4
+        assert [float(row["sparsity"]) for row in rows] == [0] * 3 + [0.5] * 4
         assert all(float(row["ms_p20"]) <= float(row["ms_median"]) <= float(row["ms_p80"]) for row in rows)
         assert "| resnet20, granet-native | 50% |" in capsys.readouterr().out
         assert (tmp_path / "a.png").exists()
@@ -292,6 +293,30 @@ class TestCommands:
         assert took[1] >= {split.BOTH, *rest}  # all these layers are small
         assert "| resnet20, granet 50% |" in capsys.readouterr().out
         assert (tmp_path / "a-resnet20.png").exists()
+
+    def test_training(self, tmp_path, capsys):
+        for name, share in (("one", None), ("two", 0.25)):
+            (tmp_path / name).mkdir()
+            rows = [
+                {"epoch": i, "images_per_second": 100.0 * i, "native_share": share, "sparsity": 0.5} for i in (1, 2)
+            ]
+            (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            summary = {
+                "plan": "rule",
+                "test_accuracy": 0.5,
+                "sparsity": 0.5,
+                "unit_sparsity": 0.5,
+                "native_share": share,
+            }
+            summary |= {"seconds": 9.0, "model": "resnet20", "data": "cifar10", "method": "GraNet"}
+            (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+        picture = tmp_path / "new" / "a.png"
+        assert training.main([str(tmp_path / "one"), str(tmp_path / "two"), "--png", str(picture)]) == 0
+        assert "| two | rule | 50.00% | 50.00% | 25% | 100 | 200 | 9 |" in capsys.readouterr().out
+        assert matplotlib.image.imread(picture)[..., :3].min() < 0.5
+        with pytest.raises(SystemExit):
+            training.main([str(tmp_path)])
+        assert "expected the folder of a finished run" in capsys.readouterr().err
 
     def test_topk(self, tmp_path, capsys):
         path = tmp_path / "a.csv"

@@ -91,7 +91,7 @@ class SparseLayout:
             reason = "no native library" if lib is None else "no living mask on the cpu with 2 or 4 dimensions"
             raise RuntimeError(f"SparseLayout.native: {reason}")
         sizes, steps = _int64s(four(shape, 1)), _int64s(four(strides, 0))
-        handle = lib.granet_layout_new(storage.data_ptr() + offset, sizes, steps, library.threads())
+        handle = lib.granet_layout_new(storage.data_ptr() + offset, sizes, steps)
         if not handle:
             raise MemoryError(f"no memory for the index of a mask of shape {shape}")
         # Should two threads build at once, both results are good, and each is freed by its own finalizer.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _PROCESS = os.getpid()
 
@@ -51,7 +51,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "granet_memory_take": (c_void_p, [c_int64]),
     "granet_memory_give": (None, [c_void_p]),
     "granet_memory_release": (c_int64, []),
-    "granet_layout_new": (c_void_p, [c_void_p, _Sizes, _Sizes, c_int]),
+    "granet_layout_new": (c_void_p, [c_void_p, _Sizes, _Sizes]),
     "granet_layout_free": (None, [c_void_p]),
     "granet_layout_nnz": (c_int64, [c_void_p]),
     "granet_layout_bytes": (c_int64, [c_void_p]),

@@ -25,7 +25,8 @@ size_t rounded(size_t bytes, size_t unit) { return (std::max<size_t>(bytes, 1) +
 // At a huge page's address; NULL if there is none.
 char* map(size_t size) {
     if (size > SIZE_MAX - HUGE_PAGE) return nullptr;
-    void* memory = mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
     char* begin = static_cast<char*>(memory);
     char* aligned = begin + (HUGE_PAGE - uintptr_t(begin) % HUGE_PAGE) % HUGE_PAGE;
@@ -74,9 +75,10 @@ void Arena::give(char* memory) {
 // The smallest free block that is large enough, of equal ones the first; blocks_.size() if there is none.
 size_t Arena::best(size_t size) const {
     size_t found = blocks_.size();
-    for (size_t i = 0; i < blocks_.size(); ++i)
-        if (!blocks_[i].used && blocks_[i].size >= size && (found == blocks_.size() || blocks_[i].size < blocks_[found].size))
-            found = i;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        const bool fits = !blocks_[i].used && blocks_[i].size >= size;
+        if (fits && (found == blocks_.size() || blocks_[i].size < blocks_[found].size)) found = i;
+    }
     return found;
 }
 

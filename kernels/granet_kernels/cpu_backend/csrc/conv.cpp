@@ -31,8 +31,8 @@ class Item {
           g_(pass.geometry),
           panel_number_(number / pass.splits / g_.bands()),
           band_(number / pass.splits % g_.bands()),
-          row_begin_(g_.rows * (number % pass.splits) / pass.splits),
-          row_end_(g_.rows * (number % pass.splits + 1) / pass.splits),
+          row_begin_(g_.rows / g_.height * (number % pass.splits) / pass.splits * g_.height),
+          row_end_(g_.rows / g_.height * (number % pass.splits + 1) / pass.splits * g_.height),
           panel_(panel),
           vectors_(vectors) {}
 
@@ -91,7 +91,7 @@ class Item {
         if (g_.whole)
             g_.whole->tile(args);
         else
-            p_.kernels.tiles[th - 1][tw - 1](args);
+            (g_.height > 1 ? p_.kernels.shared_tiles[th - 1][tw - 1] : p_.kernels.tiles[th - 1][tw - 1])(args);
     }
 
     const Pass& p_;
@@ -120,10 +120,11 @@ int64_t row_splits(const Geometry& g, int64_t nnz, int threads) {
 
 }  // namespace
 
-int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis& y, const Axis& x, int64_t rows, int64_t channels,
-           const Images& source, const float* weight, const float* bias, float* out, const int64_t out_strides[4],
-           int threads) {
-    const Geometry g = make_geometry(y, x, source.n, channels, rows, k, Use::tiles);
+int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis& y, const Axis& x, int64_t rows,
+           int64_t channels, const Images& source, const float* weight, const float* bias, float* out,
+           const int64_t out_strides[4], int threads) {
+    const bool shares = layout->shares_rows(by_output, k.shared_rows);
+    const Geometry g = make_geometry(y, x, source.n, channels, rows, k, Use::tiles, shares);
     const int64_t region = g.th * g.tw * g.y.target_phases * g.x.target_phases * g.vector;
     if (!g.is_supported(rows * region)) return GRANET_UNSUPPORTED;
     const double density = double(layout->nnz()) / double(rows * channels * g.y.target_phases * g.x.target_phases);
@@ -151,8 +152,8 @@ int granet_conv2d_forward(granet_layout* layout, const granet_conv* c, const flo
     return guarded([&] {
         const KernelSet& k = kernels();
         if (direct_applies(k, *c, x_strides, y_strides))
-            return gather_direct(k, layout, true, c->out, c->in, c->h * c->w, Images{x, x_strides, c->n}, weight, bias, y,
-                                 y_strides, threads);
+            return gather_direct(k, layout, true, c->out, c->in, c->h * c->w, Images{x, x_strides, c->n}, weight, bias,
+                                 y, y_strides, threads);
         return gather(k, layout, true, forward_axis(c->h, c->out_h, c->kh, c->stride_h, c->pad_h, c->dil_h),
                       forward_axis(c->w, c->out_w, c->kw, c->stride_w, c->pad_w, c->dil_w), c->out, c->in,
                       Images{x, x_strides, c->n}, weight, bias, y, y_strides, threads);
@@ -165,8 +166,8 @@ int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* c, const float
     return guarded([&] {
         const KernelSet& k = kernels();
         if (direct_applies(k, *c, g_strides, dx_strides))
-            return gather_direct(k, layout, false, c->in, c->out, c->h * c->w, Images{g, g_strides, c->n}, weight, nullptr,
-                                 dx, dx_strides, threads);
+            return gather_direct(k, layout, false, c->in, c->out, c->h * c->w, Images{g, g_strides, c->n}, weight,
+                                 nullptr, dx, dx_strides, threads);
         return gather(k, layout, false, dgrad_axis(c->out_h, c->h, c->kh, c->stride_h, c->pad_h, c->dil_h),
                       dgrad_axis(c->out_w, c->w, c->kw, c->stride_w, c->pad_w, c->dil_w), c->in, c->out,
                       Images{g, g_strides, c->n}, weight, nullptr, dx, dx_strides, threads);

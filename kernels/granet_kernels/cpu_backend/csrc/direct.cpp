@@ -1,5 +1,5 @@
-// 1 x 1 convolutions of images whose pixels lie in a row: the images are panels as they are, a vector holds pixels of one
-// channel, and nothing is packed. The tile's rows are images.
+// 1 x 1 convolutions of images whose pixels lie in a row: the images are panels as they are, a vector holds pixels of
+// one channel, and nothing is packed. The tile's rows are images.
 #include "direct.h"
 
 #include <algorithm>
@@ -20,10 +20,12 @@ bool rows_follow(const int64_t strides[4], int64_t h, int64_t w) {
 struct Tiling {
     int64_t images, vectors, vector;  // of the batch, of an image's channel, bytes of one
     int th, tw;
+    int height;  // rows of the weight at a time, which share their entries
 };
 
-Tiling tiling(int64_t images, int64_t pixels, const KernelSet& k, int largest) {
-    Tiling t{images, pixels / k.lanes, k.lanes * int64_t(sizeof(float)), 1, 1};
+Tiling tiling(int64_t images, int64_t pixels, const KernelSet& k, bool shares_rows, int own) {
+    Tiling t{images, pixels / k.lanes, k.lanes * int64_t(sizeof(float)), 1, 1, shares_rows ? k.shared_rows : 1};
+    const int largest = shares_rows ? KernelSet::max_shared : own;
     t.tw = tile_width(t.vectors, largest);
     if (t.tw == t.vectors) t.th = int(std::min<int64_t>({KernelSet::max_th, largest / t.tw, images}));
     return t;
@@ -34,6 +36,7 @@ Access direct_access(bool by_output, int64_t channel_stride, const Tiling& t, in
     Access access;
     access.by_output = by_output;
     access.channel_pitch = channel_stride * int64_t(sizeof(float));
+    access.height = t.height;
     access.phase = {0};
     access.tap_offset = {0};
     access.block = block_of(t.th * t.tw * t.vector, channels, double(nnz) / double(rows * channels), false);
@@ -75,7 +78,7 @@ void run_tile(const DirectPass& p, int64_t image, int64_t j, int th, int tw, cha
         for (int64_t block = 0; block < p.table.blocks; ++block) {
             args.ptr = p.table.row_ptr(0, block, begin);
             args.accumulate = block > 0;
-            k.tiles[th - 1][tw - 1](args);
+            (p.tiling.height > 1 ? k.shared_tiles[th - 1][tw - 1] : k.tiles[th - 1][tw - 1])(args);
         }
         for (int64_t row = begin; row < end; ++row)
             for (int a = 0; a < th; ++a)
@@ -94,10 +97,10 @@ bool direct_applies(const KernelSet& k, const granet_conv& c, const int64_t sour
            std::max(c.in, c.out) * source[1] * int64_t(sizeof(float)) <= INT32_MAX;
 }
 
-int gather_direct(const KernelSet& k, granet_layout* layout, bool by_output, int64_t rows, int64_t channels, int64_t pixels,
-                  const Images& source, const float* weight, const float* bias, float* out,
+int gather_direct(const KernelSet& k, granet_layout* layout, bool by_output, int64_t rows, int64_t channels,
+                  int64_t pixels, const Images& source, const float* weight, const float* bias, float* out,
                   const int64_t out_strides[4], int threads) {
-    const Tiling t = tiling(source.n, pixels, k, k.max_tile);
+    const Tiling t = tiling(source.n, pixels, k, layout->shares_rows(by_output, k.shared_rows), k.max_tile);
     const auto table = layout->table(direct_access(by_output, source.strides[1], t, rows, channels, layout->nnz()));
     const Scratch values(table->nnz() * sizeof(float));
     gather_values(*table, weight, values.as<float>(), threads);
@@ -117,9 +120,9 @@ int gather_direct(const KernelSet& k, granet_layout* layout, bool by_output, int
     return GRANET_OK;
 }
 
-void wgrad_direct(const KernelSet& k, const Table& table, const Images& gradient, const Images& source, int64_t pixels, const Part& part,
-                  float* sums) {
-    const Tiling t = tiling(source.n, pixels, k, k.max_dot);
+void wgrad_direct(const KernelSet& k, const Table& table, const Images& gradient, const Images& source, int64_t pixels,
+                  const Part& part, float* sums) {
+    const Tiling t = tiling(source.n, pixels, k, table.access.height > 1, k.max_dot);
     for (int64_t image = part.image_begin; image < part.image_end; image += t.th) {
         const int th = int(std::min<int64_t>(t.th, part.image_end - image));
         for (int64_t j = 0; j < t.vectors; j += t.tw) {
@@ -136,14 +139,15 @@ void wgrad_direct(const KernelSet& k, const Table& table, const Images& gradient
             args.sum = sums;
             for (int64_t block = 0; block < table.blocks; ++block) {
                 args.ptr = table.row_ptr(0, block, part.row_begin);
-                k.dots[th - 1][tw - 1](args);
+                (t.height > 1 ? k.shared_dots[th - 1][tw - 1] : k.dots[th - 1][tw - 1])(args);
             }
         }
     }
 }
 
-Access wgrad_direct_access(const KernelSet& k, const granet_conv& c, int64_t channel_stride, int64_t nnz) {
-    return direct_access(true, channel_stride, tiling(c.n, c.h * c.w, k, k.max_dot), c.out, c.in, nnz);
+Access wgrad_direct_access(const KernelSet& k, const granet_conv& c, int64_t channel_stride, granet_layout* layout) {
+    const Tiling t = tiling(c.n, c.h * c.w, k, layout->shares_rows(true, k.shared_rows), k.max_dot);
+    return direct_access(true, channel_stride, t, c.out, c.in, layout->nnz());
 }
 
 }  // namespace granet

@@ -23,7 +23,8 @@ int64_t block_of(int64_t footprint, int64_t channels, double density, bool by_ta
     const double enough = by_tap ? FIRST_LEVEL_WEIGHTS_BY_TAP : FIRST_LEVEL_WEIGHTS;
     const int64_t first = FIRST_LEVEL / footprint, second = SECOND_LEVEL / footprint;
     if (first < channels && double(first) * density >= enough) return equal_parts(channels, first);
-    if (footprint * channels > FITS_SECOND_LEVEL && double(second) * density >= SECOND_LEVEL_WEIGHTS) return equal_parts(channels, second);
+    if (footprint * channels > FITS_SECOND_LEVEL && double(second) * density >= SECOND_LEVEL_WEIGHTS)
+        return equal_parts(channels, second);
     return channels;
 }
 

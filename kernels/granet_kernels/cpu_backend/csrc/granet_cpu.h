@@ -1,8 +1,8 @@
 // The C ABI of granet's CPU kernels: pointers and sizes, nothing of torch or Python.
 //
-// Images are float32 with any strides, counted in elements; results are contiguous or channels_last, and a weight and its
-// mask lie dense in memory. One mask has one granet_layout: build it when the mask has
-// changed, pass it to every call. All functions may be called from several threads at once.
+// Images are float32 with any strides, counted in elements; results are contiguous or channels_last, and a weight and
+// its mask lie dense in memory. One mask has one granet_layout: build it when the mask has changed, pass it to every
+// call. All functions may be called from several threads at once.
 #pragma once
 
 #include <stdint.h>
@@ -10,7 +10,7 @@
 #define GRANET_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of what is declared here; the Python side refuses a library of another version.
-#define GRANET_ABI_VERSION 1
+#define GRANET_ABI_VERSION 2
 
 typedef enum { GRANET_OK = 0, GRANET_OUT_OF_MEMORY = 1, GRANET_UNSUPPORTED = 2 } granet_status;
 
@@ -21,8 +21,8 @@ GRANET_API const char* granet_isa(void);
 GRANET_API int granet_set_isa(const char* name);
 GRANET_API int granet_has_openmp(void);
 
-// Memory for large results, aligned to pages. What is given back is kept for the next request of about that size, as long
-// as such requests come. take: NULL if there is none. release: gives all that is not in use to the system, in bytes.
+// Memory for large results, aligned to pages. What is given back is kept for later requests, unless much more is kept
+// than they need. take: NULL if there is none. release: gives all that is not in use to the system, in bytes.
 GRANET_API void* granet_memory_take(int64_t bytes);
 GRANET_API void granet_memory_give(void* memory);
 GRANET_API int64_t granet_memory_release(void);
@@ -31,8 +31,8 @@ GRANET_API int64_t granet_memory_release(void);
 typedef struct granet_layout granet_layout;
 
 // NULL: out of memory, or a mask of 2^31 positions or more.
-GRANET_API granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[4], const int64_t strides[4],
-                                            int threads);
+GRANET_API granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[4],
+                                            const int64_t strides[4]);
 GRANET_API void granet_layout_free(granet_layout* layout);
 GRANET_API int64_t granet_layout_nnz(const granet_layout* layout);
 GRANET_API int64_t granet_layout_bytes(const granet_layout* layout);
@@ -55,8 +55,8 @@ GRANET_API int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* con
                                    const int64_t g_strides[4], const float* x, const int64_t x_strides[4], float* dw,
                                    int threads);
 
-// Batch norm with the statistics of the batch, and what may follow it: y = act((x - mean) * invstd * gamma + beta + residual),
-// act being max(., 0) if `relu`. Images (n, c, pixels), contiguous; the rest (c,). residual may be NULL.
+// Batch norm with the statistics of the batch, and what may follow it: y = act((x - mean) * invstd * gamma + beta +
+// residual), act being max(., 0) if `relu`. Images (n, c, pixels), contiguous; the rest (c,). residual may be NULL.
 // mean, invstd, var: written; var is the biased variance.
 typedef struct {
     int64_t n, c, pixels;
@@ -70,8 +70,9 @@ GRANET_API int granet_norm_backward(const granet_norm* norm, const float* g, con
                                     const float* gamma, const float* beta, const float* mean, const float* invstd,
                                     float* dx, float* dresidual, float* dgamma, float* dbeta, int threads);
 
-// Max-pooling of 2 x 2 pixels with stride 2 over planes (planes, h, w), contiguous; an odd last row or column is left out.
-// which: the pixel of each output that was taken, 0 to 3 row by row; of equal ones the first; NaN is above all, the last one.
+// Max-pooling of 2 x 2 pixels with stride 2 over planes (planes, h, w), contiguous; an odd last row or column is left
+// out. which: the pixel of each output that was taken, 0 to 3 row by row; of equal ones the first; NaN is above all,
+// the last one.
 GRANET_API int granet_pool_forward(int64_t planes, int64_t h, int64_t w, const float* x, float* y, unsigned char* which,
                                    int threads);
 GRANET_API int granet_pool_backward(int64_t planes, int64_t h, int64_t w, const float* g, const unsigned char* which,

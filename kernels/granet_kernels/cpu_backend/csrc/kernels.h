@@ -9,8 +9,11 @@
 
 namespace granet {
 
-// acc[a][b] (+)= sum_j value[j] * source[offset[j] + a * source_pitch + b vectors], for each row of the weight.
+// out[a][b] (+)= sum_j value[j] * source[offset[j] + a * source_pitch + b vectors], for each row of the weight.
 // Offsets and pitches are in bytes. Row r owns the entries [ptr[r], ptr[r + 1]) and writes to out + r * out_row.
+//
+// The kernels for shared rows take R rows at once, which have their kept weights in the same places, and load each
+// vector of the source once for all of them: rows r to r + R - 1 own [ptr[r], ptr[r + R]), R values for each offset.
 struct TileArgs {
     const char* source;
     ptrdiff_t source_pitch;
@@ -19,7 +22,7 @@ struct TileArgs {
     const int32_t* ptr;
     int64_t rows;
     const float* bias;  // one a row, or NULL
-    bool accumulate;    // start from what `out` holds, not from bias
+    bool accumulate;    // add to what `out` holds, not to bias
     char* out;
     ptrdiff_t out_row, out_pitch, out_step;  // of a row of the weight, of a, of b
 };
@@ -36,8 +39,8 @@ struct DotArgs {
     float* sum;
 };
 
-// Kernels for 3 x 3 convolutions of whole images, `side` pixels wide and high, `groups` vectors a pixel: see whole.inl. Row r
-// owns the entries [ptr[9 r], ptr[9 r + 9]), ordered by tap.
+// Kernels for 3 x 3 convolutions of whole images, `side` pixels wide and high, `groups` vectors a pixel: see whole.inl.
+// Row r owns the entries [ptr[9 r], ptr[9 r + 9]), ordered by tap.
 constexpr int WHOLE_TAPS = 9;
 struct WholeKernel {
     int side, groups;
@@ -72,9 +75,13 @@ struct NormGradient {
 struct KernelSet {
     int lanes;
     int max_tile, max_dot;  // vectors in the largest tile of each kind
+    int shared_rows;        // R
     static constexpr int max_th = 4, max_tw = 28;
     void (*tiles[max_th][max_tw])(const TileArgs&);  // [th - 1][tw - 1]; NULL: no such tile
     void (*dots[max_th][max_tw])(const DotArgs&);
+    static constexpr int max_shared = 4;  // vectors in the largest tile for shared rows
+    void (*shared_tiles[max_shared][max_shared])(const TileArgs&);
+    void (*shared_dots[max_shared][max_shared])(const DotArgs&);
     WholeKernel whole[5];
     const WholeKernel* find_whole(int64_t side, int groups) const {
         for (const WholeKernel& each : whole)

@@ -1,12 +1,13 @@
 // The inner loops, compiled once for each instruction set. The including file sets the target and defines, in its own
-// namespace: Vec (a vector of LANES floats at any address), IntVec and ByteVec (as many int32_t and unsigned char), MAX_TILE and MAX_DOT (vectors in the largest tiles that leave
-// registers for the rest), and
-//   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0 or garbage
-//       in columns that do not exist
+// namespace: Vec (a vector of LANES floats at any address), Four (of four), IntVec and ByteVec (as many int32_t and
+// unsigned char as Vec has floats), MAX_TILE and MAX_DOT (vectors in the largest tiles that leave registers for the
+// rest), SHARED (how many rows of four vectors do), and
+//   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0, or
+//       garbage in columns that do not exist
 //   store_first(vector, out, count): the first count floats
-//   STREAMS, store_past_cache(vector, out), fence(): whether and how a vector fills a cache line without reading it first
+//   STREAMS, store_past_cache(vector, out), fence(): whether and how a vector fills a cache line without reading it
 //   split_pairs(a, b, even, odd): every second of the 2 LANES floats of a and b; join_pairs: the way back
-//   add_sums<N>(vectors, out): out[k] += the sum of vectors[k]
+//   sums4(a, b, c, d): the sums of four vectors, each by the same additions
 
 // Arrays indexed by constants become registers.
 #if defined(__clang__)
@@ -15,38 +16,93 @@
 #define GRANET_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// Sums of narrow tiles are split: so many chains of additions hide the latency of one, and round less.
+template <int TH, int TW>
+constexpr int chains = TH * TW * 2 <= MAX_TILE ? 2 : 1;
+
+template <int TH, int TW>
+inline __attribute__((always_inline)) void add_weight(Vec (&acc)[TH][TW], const TileArgs& t, int32_t j) {
+    constexpr ptrdiff_t step = sizeof(Vec);
+    const char* source = t.source + t.offset[j];
+    const float value = t.value[j];
+    GRANET_UNROLL
+    for (int a = 0; a < TH; ++a)
+        GRANET_UNROLL
+        for (int b = 0; b < TW; ++b) acc[a][b] += value * *(const Vec*)(source + a * t.source_pitch + b * step);
+}
+
 template <int TH, int TW>
 void tile(const TileArgs& args) {
-    constexpr ptrdiff_t step = sizeof(Vec);
+    constexpr int N = chains<TH, TW>;
     const TileArgs t = args;  // a copy that the stores below cannot alias
     char* out = t.out;
     for (int64_t row = 0; row < t.rows; ++row, out += t.out_row) {
-        Vec acc[TH][TW];
-        if (t.accumulate) {
-            GRANET_UNROLL
-            for (int a = 0; a < TH; ++a)
-                GRANET_UNROLL
-                for (int b = 0; b < TW; ++b) acc[a][b] = *(const Vec*)(out + a * t.out_pitch + b * t.out_step);
-        } else {
-            const float start = t.bias ? t.bias[row] : 0.0f;
-            GRANET_UNROLL
-            for (int a = 0; a < TH; ++a)
-                GRANET_UNROLL
-                for (int b = 0; b < TW; ++b) acc[a][b] = start - Vec{};
-        }
-        const int32_t end = t.ptr[row + 1];
-        for (int32_t j = t.ptr[row]; j < end; ++j) {
-            const char* source = t.source + t.offset[j];
-            const float value = t.value[j];
-            GRANET_UNROLL
-            for (int a = 0; a < TH; ++a)
-                GRANET_UNROLL
-                for (int b = 0; b < TW; ++b) acc[a][b] += value * *(const Vec*)(source + a * t.source_pitch + b * step);
-        }
+        Vec acc[N][TH][TW] = {};
+        const float start = t.bias ? t.bias[row] : 0.0f;
         GRANET_UNROLL
         for (int a = 0; a < TH; ++a)
             GRANET_UNROLL
-            for (int b = 0; b < TW; ++b) *(Vec*)(out + a * t.out_pitch + b * t.out_step) = acc[a][b];
+            for (int b = 0; b < TW; ++b)
+                acc[0][a][b] = t.accumulate ? *(const Vec*)(out + a * t.out_pitch + b * t.out_step) : start - Vec{};
+        const int32_t end = t.ptr[row + 1];
+        int32_t j = t.ptr[row];
+        for (; j + N <= end; j += N) {
+            GRANET_UNROLL
+            for (int k = 0; k < N; ++k) add_weight(acc[k], t, j + k);
+        }
+        for (; j < end; ++j) add_weight(acc[N - 1], t, j);
+        GRANET_UNROLL
+        for (int a = 0; a < TH; ++a)
+            GRANET_UNROLL
+            for (int b = 0; b < TW; ++b) {
+                GRANET_UNROLL
+                for (int k = 1; k < N; ++k) acc[0][a][b] += acc[k][a][b];
+                *(Vec*)(out + a * t.out_pitch + b * t.out_step) = acc[0][a][b];
+            }
+    }
+}
+
+// SHARED rows at a time: each vector of the source is loaded once for all of them.
+template <int TH, int TW>
+void shared_tile(const TileArgs& args) {
+    constexpr ptrdiff_t step = sizeof(Vec);
+    const TileArgs t = args;
+    char* out = t.out;
+    for (int64_t row = 0; row < t.rows; row += SHARED, out += SHARED * t.out_row) {
+        Vec acc[SHARED][TH][TW] = {};
+        const int32_t end = t.ptr[row + SHARED];
+        for (int32_t j = t.ptr[row]; j < end; j += SHARED) {
+            const char* source = t.source + t.offset[j / SHARED];
+            GRANET_UNROLL
+            for (int a = 0; a < TH; ++a)
+                GRANET_UNROLL
+                for (int b = 0; b < TW; ++b) {
+                    const Vec x = *(const Vec*)(source + a * t.source_pitch + b * step);
+                    GRANET_UNROLL
+                    for (int r = 0; r < SHARED; ++r) acc[r][a][b] += t.value[j + r] * x;
+                }
+        }
+        GRANET_UNROLL
+        for (int r = 0; r < SHARED; ++r) {
+            const float start = t.bias ? t.bias[row + r] : 0.0f;
+            GRANET_UNROLL
+            for (int a = 0; a < TH; ++a)
+                GRANET_UNROLL
+                for (int b = 0; b < TW; ++b) {
+                    Vec* to = (Vec*)(out + r * t.out_row + a * t.out_pitch + b * t.out_step);
+                    *to = acc[r][a][b] + (t.accumulate ? *to : start - Vec{});
+                }
+        }
+    }
+}
+
+template <int N>
+inline __attribute__((always_inline)) void add_sums(const Vec (&v)[N], float* out) {
+    if constexpr (N == 4) {
+        *(Four*)out += sums4(v[0], v[1], v[2], v[3]);
+    } else {
+        // By the same additions, so that a weight's gradient does not depend on where its row begins.
+        for (int k = 0; k < N; ++k) out[k] += sums4(v[k], Vec{}, Vec{}, Vec{})[0];
     }
 }
 
@@ -86,6 +142,38 @@ void dot(const DotArgs& args) {
                 g[a][b] = *(const Vec*)(t.gradient + row * t.gradient_row + a * t.gradient_pitch + b * step);
         for (; j + 4 <= end; j += 4) dot_group<TH, TW, 4>(g, t, j);
         for (; j < end; ++j) dot_group<TH, TW, 1>(g, t, j);
+    }
+}
+
+template <int TH, int TW>
+void shared_dot(const DotArgs& args) {
+    constexpr ptrdiff_t step = sizeof(Vec);
+    const DotArgs t = args;
+    for (int64_t row = 0; row < t.rows; row += SHARED) {
+        const int32_t end = t.ptr[row + SHARED];
+        if (t.ptr[row] == end) continue;
+        Vec g[SHARED][TH][TW];
+        GRANET_UNROLL
+        for (int r = 0; r < SHARED; ++r)
+            GRANET_UNROLL
+            for (int a = 0; a < TH; ++a)
+                GRANET_UNROLL
+                for (int b = 0; b < TW; ++b)
+                    g[r][a][b] =
+                        *(const Vec*)(t.gradient + (row + r) * t.gradient_row + a * t.gradient_pitch + b * step);
+        for (int32_t j = t.ptr[row]; j < end; j += SHARED) {
+            const char* source = t.source + t.offset[j / SHARED];
+            Vec acc[SHARED] = {};
+            GRANET_UNROLL
+            for (int a = 0; a < TH; ++a)
+                GRANET_UNROLL
+                for (int b = 0; b < TW; ++b) {
+                    const Vec x = *(const Vec*)(source + a * t.source_pitch + b * step);
+                    GRANET_UNROLL
+                    for (int r = 0; r < SHARED; ++r) acc[r] += g[r][a][b] * x;
+                }
+            add_sums<SHARED>(acc, t.sum + j);
+        }
     }
 }
 
@@ -198,6 +286,10 @@ constexpr bool exists = TH * TW <= LIMIT && (TW <= 16 || (TH == 1 && TW % 4 == 0
 
 template <int TH, int TW>
 void fill(KernelSet& set) {
+    if constexpr (TH * TW <= KernelSet::max_shared) {
+        set.shared_tiles[TH - 1][TW - 1] = shared_tile<TH, TW>;
+        set.shared_dots[TH - 1][TW - 1] = shared_dot<TH, TW>;
+    }
     if constexpr (exists<TH, TW, MAX_TILE>) set.tiles[TH - 1][TW - 1] = tile<TH, TW>;
     if constexpr (exists<TH, TW, MAX_DOT>) set.dots[TH - 1][TW - 1] = dot<TH, TW>;
     if constexpr (TW > 1) fill<TH, TW - 1>(set);
@@ -208,6 +300,7 @@ KernelSet make_set() {
     set.lanes = LANES;
     set.max_tile = MAX_TILE;
     set.max_dot = MAX_DOT;
+    set.shared_rows = SHARED;
     fill<1, KernelSet::max_tw>(set);
     fill<2, KernelSet::max_tw>(set);
     fill<3, KernelSet::max_tw>(set);

@@ -15,8 +15,9 @@ namespace granet {
 namespace {
 
 constexpr bool STREAMS = false;  // a vector is less than a cache line
-constexpr int LANES = 8, MAX_TILE = 12, MAX_DOT = 8;
+constexpr int LANES = 8, MAX_TILE = 12, MAX_DOT = 8, SHARED = 2;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(32)));
 typedef unsigned char ByteVec __attribute__((vector_size(8), aligned(1), may_alias));
 
@@ -55,31 +56,20 @@ inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
 }
 
 inline void join_pairs(Vec even, Vec odd, Vec& a, Vec& b) {
-    const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd), high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+    const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd);
+    const __m256 high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
     a = (Vec)_mm256_permute2f128_ps(low, high, 0x20);
     b = (Vec)_mm256_permute2f128_ps(low, high, 0x31);
 }
 
-// The sums of four vectors, side by side.
-inline __m128 sums4(__m256 a, __m256 b, __m256 c, __m256 d) {
+inline Four sums4(Vec va, Vec vb, Vec vc, Vec vd) {
+    const __m256 a = (__m256)va, b = (__m256)vb, c = (__m256)vc, d = (__m256)vd;
     const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    return (Four)_mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
 inline void store_past_cache(Vec, float*) {}
 void fence() {}
-
-template <int N>
-inline __attribute__((always_inline)) void add_sums(const Vec (&v)[N], float* out) {
-    if constexpr (N == 4) {
-        const __m128 sums = sums4((__m256)v[0], (__m256)v[1], (__m256)v[2], (__m256)v[3]);
-        _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
-    } else {
-        // By the same additions, so that a weight's gradient does not depend on where its row begins.
-        const __m256 zero = _mm256_setzero_ps();
-        for (int k = 0; k < N; ++k) out[k] += _mm_cvtss_f32(sums4((__m256)v[k], zero, zero, zero));
-    }
-}
 
 #include "kernels.inl"
 

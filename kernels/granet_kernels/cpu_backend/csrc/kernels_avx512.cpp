@@ -15,8 +15,9 @@ namespace granet {
 namespace {
 
 constexpr bool STREAMS = true;
-constexpr int LANES = 16, MAX_TILE = 28, MAX_DOT = 24;
+constexpr int LANES = 16, MAX_TILE = 28, MAX_DOT = 24, SHARED = 4;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef unsigned char ByteVec __attribute__((vector_size(16), aligned(1), may_alias));
 
@@ -74,25 +75,13 @@ inline void join_pairs(Vec even, Vec odd, Vec& a, Vec& b) {
     b = (Vec)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), (__m512)odd);
 }
 
-// The sums of four vectors, side by side.
-inline __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
+inline Four sums4(Vec va, Vec vb, Vec vc, Vec vd) {
+    const __m512 a = (__m512)va, b = (__m512)vb, c = (__m512)vc, d = (__m512)vd;
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-template <int N>
-inline __attribute__((always_inline)) void add_sums(const Vec (&v)[N], float* out) {
-    if constexpr (N == 4) {
-        const __m128 sums = sums4((__m512)v[0], (__m512)v[1], (__m512)v[2], (__m512)v[3]);
-        _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
-    } else {
-        // By the same additions, so that a weight's gradient does not depend on where its row begins.
-        const __m512 zero = _mm512_setzero_ps();
-        for (int k = 0; k < N; ++k) out[k] += _mm_cvtss_f32(sums4((__m512)v[k], zero, zero, zero));
-    }
+    return (Four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 #include "kernels.inl"

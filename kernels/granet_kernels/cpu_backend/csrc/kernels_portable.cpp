@@ -5,8 +5,9 @@ namespace granet {
 namespace {
 
 constexpr bool STREAMS = false;  // a vector is less than a cache line
-constexpr int LANES = 4, MAX_TILE = 12, MAX_DOT = 8;
+constexpr int LANES = 4, MAX_TILE = 12, MAX_DOT = 8, SHARED = 2;
 typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(16)));
 typedef unsigned char ByteVec __attribute__((vector_size(4), aligned(1), may_alias));
 
@@ -32,10 +33,8 @@ inline void join_pairs(Vec even, Vec odd, Vec& a, Vec& b) {
     b = Vec{even[2], odd[2], even[3], odd[3]};
 }
 
-template <int N>
-inline void add_sums(const Vec (&v)[N], float* out) {
-    for (int k = 0; k < N; ++k) out[k] += (v[k][0] + v[k][1]) + (v[k][2] + v[k][3]);
-}
+inline float sum(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+inline Four sums4(Vec a, Vec b, Vec c, Vec d) { return Four{sum(a), sum(b), sum(c), sum(d)}; }
 
 #include "kernels.inl"
 

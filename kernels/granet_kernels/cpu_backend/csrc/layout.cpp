@@ -1,8 +1,9 @@
 #include "layout.h"
 
+#include <algorithm>
 #include <cstring>
-#include <limits>
 #include <exception>
+#include <limits>
 
 #include "parallel.h"
 
@@ -69,15 +70,20 @@ std::shared_ptr<const Table> make_table(const granet_layout& layout, const Acces
             }
     };
 
+    // Of shared rows, the first has the entries of all.
+    const int32_t height = access.height;
+    const auto owner = [&](int64_t slot) { return slot - slot % height; };
     std::vector<int32_t> next(access.phases * table->blocks * table->rows * table->ranks + 1, 0);
-    for_each([&](int64_t slot, int64_t, int64_t, int64_t, int32_t) { ++next[slot + 1]; });
+    for_each([&](int64_t slot, int64_t, int64_t, int64_t, int32_t) { ++next[owner(slot) + 1]; });
     for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
     table->ptr = next;
-    table->offset.resize(layout.nnz());
+    for (size_t i = 0; i + 1 < next.size(); ++i) next[i] = table->ptr[owner(int64_t(i))] + int32_t(i) % height;
+    table->offset.resize(layout.nnz() / height);
     table->position.resize(layout.nnz());
     for_each([&](int64_t slot, int64_t source, int64_t o, int64_t c, int32_t tap) {
-        const int32_t j = next[slot]++;
-        table->offset[j] = int32_t(source * access.channel_pitch + access.tap_offset[tap]);
+        const int32_t j = next[slot];
+        next[slot] += height;
+        table->offset[j / height] = int32_t(source * access.channel_pitch + access.tap_offset[tap]);
         table->position[j] = int32_t(o * layout.strides[0] + c * layout.strides[1] +
                                      tap / layout.shape[3] * layout.strides[2] +
                                      tap % layout.shape[3] * layout.strides[3]);
@@ -85,8 +91,39 @@ std::shared_ptr<const Table> make_table(const granet_layout& layout, const Acces
     return table;
 }
 
+bool rows_agree(const granet_layout& layout, int height) {
+    const auto begin = layout.index.begin();
+    for (int64_t o = 0; o < layout.shape[0]; ++o) {
+        const int32_t *ptr = layout.ptr.data() + o, *first = ptr - o % height;
+        if (!std::equal(begin + first[0], begin + first[1], begin + ptr[0], begin + ptr[1])) return false;
+    }
+    return true;
+}
+
+bool columns_agree(const granet_layout& layout, int height) {
+    for (int64_t o = 0; o < layout.shape[0]; ++o) {
+        const int32_t begin = layout.ptr[o], count = layout.ptr[o + 1] - begin;
+        if (count % height != 0) return false;
+        for (int32_t k = 0; k < count; ++k) {
+            const int32_t first = layout.index[begin + k - k % height];
+            if (first % height != 0 || layout.index[begin + k] != first + k % height) return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 }  // namespace granet
+
+bool granet_layout::shares_rows(bool by_output, int height) {
+    const std::lock_guard<std::mutex> lock(granet::tables_mutex());
+    for (const Shared& each : shared)
+        if (each.by_output == by_output && each.height == height) return each.shares;
+    const bool shares = taps() == 1 && shape[by_output ? 0 : 1] % height == 0 &&
+                        (by_output ? granet::rows_agree(*this, height) : granet::columns_agree(*this, height));
+    shared.push_back({by_output, height, shares});
+    return shares;
+}
 
 std::shared_ptr<const granet::Table> granet_layout::find(const granet::Access& access) {
     for (const auto& each : tables)
@@ -94,7 +131,7 @@ std::shared_ptr<const granet::Table> granet_layout::find(const granet::Access& a
     return nullptr;
 }
 
-// Made outside the lock, which is only ever held for a moment: should two threads make the same, one of them is dropped.
+// Made outside the lock, which is only ever held for a moment: should two threads make the same, one is dropped.
 std::shared_ptr<const granet::Table> granet_layout::table(const granet::Access& access) {
     {
         const std::lock_guard<std::mutex> lock(granet::tables_mutex());
@@ -108,7 +145,7 @@ std::shared_ptr<const granet::Table> granet_layout::table(const granet::Access& 
     return made;
 }
 
-granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[4], const int64_t strides[4], int) {
+granet_layout* granet_layout_new(const unsigned char* mask, const int64_t shape[4], const int64_t strides[4]) {
     constexpr int64_t limit = std::numeric_limits<int32_t>::max() - 16;  // loops look a little ahead
     const int64_t row = shape[1] * shape[2] * shape[3];
     if (shape[0] * row > limit) return nullptr;

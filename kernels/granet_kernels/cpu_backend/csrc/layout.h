@@ -20,17 +20,20 @@ struct Access {
     int64_t channel_pitch = 0;
     int64_t block = 0;  // source channels in a block; entries are ordered by phase, block, row
     std::vector<int32_t> phase, tap_offset;
+    int height = 1;                  // rows that share their entries, see granet_layout::shares_rows
     bool by_tap = false;             // entries of a row are ordered by rank[tap], which row_ptr tells apart
     std::vector<int32_t> rank;
 
     bool operator==(const Access& o) const {
         return by_output == o.by_output && phases == o.phases && channel_pitch == o.channel_pitch && block == o.block &&
-               phase == o.phase && tap_offset == o.tap_offset && by_tap == o.by_tap && rank == o.rank;
+               phase == o.phase && tap_offset == o.tap_offset && height == o.height && by_tap == o.by_tap &&
+               rank == o.rank;
     }
 };
 
-// Row r of block b of phase p owns the entries [ptr[0], ptr[1]) with ptr = row_ptr(p, b, r); by tap, those of rank t are
-// [ptr[t], ptr[t + 1]).
+// Row r of block b of phase p owns the entries [ptr[0], ptr[1]) with ptr = row_ptr(p, b, r); by tap, those of rank t
+// are [ptr[t], ptr[t + 1]). With shared rows, the first of them owns the entries of all, and the others none: entry j
+// belongs to row j % height of them and has offset[j / height].
 struct Table {
     Access access;
     int64_t rows = 0, blocks = 1, ranks = 1;
@@ -41,7 +44,7 @@ struct Table {
     const int32_t* row_ptr(int64_t phase, int64_t b, int64_t row) const {
         return ptr.data() + ((phase * blocks + b) * rows + row) * ranks;
     }
-    int64_t nnz() const { return int64_t(offset.size()); }
+    int64_t nnz() const { return int64_t(position.size()); }
 };
 
 }  // namespace granet
@@ -52,9 +55,17 @@ struct granet_layout {
     std::vector<int32_t> index;  // channel * taps + tap of each kept weight, row by row, rising
 
     std::shared_ptr<const granet::Table> table(const granet::Access& access);
+    // Whether the rows of a 1 x 1 kernel, by output or input channel, have the same entries in each group of `height`.
+    bool shares_rows(bool by_output, int height);
     int64_t taps() const { return shape[2] * shape[3]; }
     int64_t nnz() const { return int64_t(index.size()); }
 
     std::shared_ptr<const granet::Table> find(const granet::Access& access);
     std::vector<std::shared_ptr<const granet::Table>> tables;  // most recently made last
+    struct Shared {
+        bool by_output;
+        int height;
+        bool shares;
+    };
+    std::vector<Shared> shared;  // what shares_rows has found
 };

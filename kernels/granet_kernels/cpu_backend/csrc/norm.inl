@@ -186,7 +186,8 @@ void norm_gradient_apply_as(const Channel& c, const NormGradient& a, float facto
 
 void norm_gradient_sums(const Channel& c, const NormGradient& a, double* sum, double* product) {
     if (!a.relu) return norm_gradient_sums_as<Gate::none>(c, a, sum, product);
-    a.y ? norm_gradient_sums_as<Gate::output>(c, a, sum, product) : norm_gradient_sums_as<Gate::input>(c, a, sum, product);
+    a.y ? norm_gradient_sums_as<Gate::output>(c, a, sum, product)
+        : norm_gradient_sums_as<Gate::input>(c, a, sum, product);
 }
 
 void norm_gradient_apply(const Channel& c, const NormGradient& a, float factor, float offset) {

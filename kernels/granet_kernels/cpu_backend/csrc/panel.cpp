@@ -88,9 +88,12 @@ int tile_width(int64_t vectors, int largest) {
 int64_t Geometry::panels() const { return (images + panel_images() - 1) / panel_images(); }
 
 Geometry make_geometry(const Axis& y, const Axis& x, int64_t images, int64_t channels, int64_t rows,
-                       const KernelSet& kernels, Use use) {
-    const int largest = use == Use::tiles ? kernels.max_tile : kernels.max_dot;
-    Geometry g{y, x, images, channels, rows, 1, y.grid(), 1, 1, kernels.lanes * int64_t(sizeof(float)), nullptr};
+                       const KernelSet& kernels, Use use, bool shares_rows) {
+    const int own = use == Use::tiles ? kernels.max_tile : kernels.max_dot;
+    const int largest = shares_rows ? KernelSet::max_shared : own;
+    const int height = shares_rows ? kernels.shared_rows : 1;
+    const int64_t vector = kernels.lanes * int64_t(sizeof(float));
+    Geometry g{y, x, images, channels, rows, 1, y.grid(), 1, 1, vector, height, nullptr};
     const int64_t pixels = y.grid() * x.grid();
     const bool one_tap = y.shift.size() * x.shift.size() == 1;
     const int64_t widest = std::min<int64_t>(largest, one_tap ? ONE_TAP_TILE : 16);
@@ -117,6 +120,7 @@ Access access_of(const Geometry& g, bool by_output, int64_t block) {
     access.phases = int(g.y.target_phases * g.x.target_phases);
     access.channel_pitch = g.channel_pitch();
     access.block = block;
+    access.height = g.height;
     for (size_t i = 0; i < g.y.shift.size(); ++i) {
         for (size_t j = 0; j < g.x.shift.size(); ++j) {
             const int64_t source_phase = g.y.source_phase[i] * g.x.source_phases + g.x.source_phase[j];
@@ -240,7 +244,8 @@ void unpack(const KernelSet& kernels, const char* vectors, const Region& region,
         const int64_t image = region.image + group * lanes;
         const int valid = int(std::clamp<int64_t>(n - image, 0, lanes));
         if (valid == 0) break;
-        float* to = images + image * strides[0] + row_begin * strides[1] + region.y * strides[2] + region.x * strides[3];
+        const int64_t corner = region.y * strides[2] + region.x * strides[3];
+        float* to = images + image * strides[0] + row_begin * strides[1] + corner;
         const char* from = vectors + group * region.vector;
         if (strides[1] == 1) {
             for (int64_t i = 0; i < height; ++i)

@@ -36,7 +36,8 @@ struct Geometry {
     int64_t band;                    // grid rows of one panel
     int th, tw;                      // the tile: grid rows, and vectors of a grid row
     int64_t vector;                  // bytes
-    const WholeKernel* whole;        // the kernel for images that fit in registers, or NULL: then y and x have no border
+    int height;                      // rows of the weight at a time, which share their entries; 1: any
+    const WholeKernel* whole;        // for images that fit in registers, then y and x have no border; or NULL
 
     int64_t panel_h() const { return band + y.high - y.low; }
     int64_t panel_w() const { return x.grid() + x.high - x.low; }
@@ -62,7 +63,7 @@ int tile_width(int64_t vectors, int largest);
 // Chooses groups, band and tile for the instruction set, to multiply (tiles) or for a weight gradient (dots).
 enum class Use { tiles, dots };
 Geometry make_geometry(const Axis& y, const Axis& x, int64_t images, int64_t channels, int64_t rows,
-                       const KernelSet& kernels, Use use);
+                       const KernelSet& kernels, Use use, bool shares_rows);
 
 Access access_of(const Geometry& g, bool by_output, int64_t block);
 

@@ -1,7 +1,7 @@
 // Weight gradient at kept positions: a dot product of two tiles for each kept weight.
 //
-// The images are cut into chunks whose number depends on the shapes alone, each chunk sums in a buffer of its own, and the
-// buffers are added in order: the same bits whatever the number of threads.
+// The images are cut into chunks whose number depends on the shapes alone, each chunk sums in a buffer of its own, and
+// the buffers are added in order: the same bits whatever the number of threads.
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -111,7 +111,7 @@ class Item {
             if (g_.whole)
                 g_.whole->dot(args);
             else
-                p_.kernels.dots[th - 1][tw - 1](args);
+                (g_.height > 1 ? p_.kernels.shared_dots[th - 1][tw - 1] : p_.kernels.dots[th - 1][tw - 1])(args);
         }
     }
 
@@ -124,8 +124,8 @@ class Item {
     std::vector<int32_t> at_;
 };
 
-// Fewer chunks where the weight is less sparse: the sums of all stay below half the dense gradient, if they are several.
-// Powers of two: whatever the number of threads, they end together.
+// Fewer chunks where the weight is less sparse: the sums of all stay below half the dense gradient, if they are
+// several. Powers of two: whatever the number of threads, they end together.
 int64_t chunk_count(int64_t parts, int64_t numel, int64_t nnz) {
     const int64_t most = std::min(parts, std::max<int64_t>(1, numel / (2 * nnz)));
     int64_t chunks = 1;
@@ -162,13 +162,13 @@ void write_gradient(const Sums& sums, const granet_layout& layout, float* dw, in
         });
         return;
     }
-    const int64_t together = std::max<int64_t>(1, (1 << 16) / row);  // output channels
+    const int64_t height = sums.table.access.height;
+    const int64_t together = std::max<int64_t>(1, (1 << 13) / row / height) * height;  // output channels
     parallel_for(threads, (outputs + together - 1) / together, [&](int64_t i) {
-        for (int64_t o = i * together; o < std::min(outputs, (i + 1) * together); ++o) {
-            std::memset(dw + o * row, 0, row * sizeof(float));
-            for (int64_t block = 0; block < sums.table.blocks; ++block)
-                scatter(sums, *sums.table.row_ptr(0, block, o), *sums.table.row_ptr(0, block, o + 1), dw);
-        }
+        const int64_t begin = i * together, end = std::min(outputs, begin + together);
+        std::memset(dw + begin * row, 0, (end - begin) * row * sizeof(float));
+        for (int64_t block = 0; block < sums.table.blocks; ++block)
+            scatter(sums, *sums.table.row_ptr(0, block, begin), *sums.table.row_ptr(0, block, end), dw);
     });
 }
 
@@ -184,7 +184,8 @@ void sum_chunks(const granet_layout& layout, const Table& table, int64_t parts, 
     const Sums sums{table, chunks, memory.as<float>()};
     parallel_for(threads, chunks * splits, [&](int64_t item) {
         const int64_t chunk = item / splits, split = item % splits;
-        const int64_t row_begin = outputs * split / splits, row_end = outputs * (split + 1) / splits;
+        const int64_t height = table.access.height, groups = outputs / height;
+        const int64_t row_begin = groups * split / splits * height, row_end = groups * (split + 1) / splits * height;
         sums.clear(chunk, row_begin, row_end);
         work(row_begin, row_end, parts * chunk / chunks, parts * (chunk + 1) / chunks, sums.of(chunk));
     });
@@ -195,7 +196,8 @@ int wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c
                  const Images& source, float* dw, int threads) {
     const Geometry g =
         make_geometry(forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
-                      forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k, Use::dots);
+                      forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k, Use::dots,
+                      layout->shares_rows(true, k.shared_rows));
     const int64_t gradient_bytes = g.rows * g.th * g.row_vectors() * g.vector;
     if (!g.is_supported(gradient_bytes)) return GRANET_UNSUPPORTED;
     const double density = double(layout->nnz()) / double(c.out * c.in);
@@ -212,14 +214,13 @@ int wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c
 
 int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient, const Images& source,
           float* dw, int threads) {
-    const int64_t nnz = layout->nnz();
-    if (nnz == 0 || c.n == 0) {
+    if (layout->nnz() == 0 || c.n == 0) {
         clear(dw, c.out * c.in * c.kh * c.kw, threads);
         return GRANET_OK;
     }
     if (!direct_applies(k, c, source.strides, gradient.strides))
         return wgrad_panels(k, layout, c, gradient, source, dw, threads);
-    const auto table = layout->table(wgrad_direct_access(k, c, source.strides[1], nnz));
+    const auto table = layout->table(wgrad_direct_access(k, c, source.strides[1], layout));
     sum_chunks(*layout, *table, c.n, dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    wgrad_direct(k, *table, gradient, source, c.h * c.w, Part{row_begin, row_end, begin, end}, sums);
@@ -234,6 +235,7 @@ int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* conv, const fl
                         const float* x, const int64_t x_strides[4], float* dw, int threads) {
     using namespace granet;
     return guarded([&] {
-        return wgrad(kernels(), layout, *conv, Images{g, g_strides, conv->n}, Images{x, x_strides, conv->n}, dw, threads);
+        const Images gradient{g, g_strides, conv->n}, source{x, x_strides, conv->n};
+        return wgrad(kernels(), layout, *conv, gradient, source, dw, threads);
     });
 }

@@ -1,6 +1,7 @@
-// 3 x 3 convolutions with stride 1 and padding 1 of images so small that a whole one stays in registers: 4 x 4 and 2 x 2
-// pixels, as in the last layers of networks for 32 x 32 images. The entries of a row are ordered by tap, and each tap has
-// code for the pixels that it reaches, so the padding costs nothing: 4/9 of the work on 2 x 2 pixels, 25/36 on 4 x 4.
+// 3 x 3 convolutions with stride 1 and padding 1 of images so small that a whole one stays in registers: 4 x 4 and
+// 2 x 2 pixels, as in the last layers of networks for 32 x 32 images. The entries of a row are ordered by tap, and each
+// tap has code for the pixels that it reaches, so the padding costs nothing: 4/9 of the work on 2 x 2 pixels, 25/36 on
+// 4 x 4.
 // Included by kernels.inl.
 
 // What tap (DY, DX), counted from the centre, adds to image row a, column b, group v: column b * V + v of an array.
