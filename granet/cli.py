@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib.metadata
 import signal
@@ -10,19 +9,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from granet.cli_tools import Parser, table_console
 from granet.interrupt import Interrupted
 from granet.names import UsageError, suggestion
 from granet.options import parse_config, train_help
 from granet.recipes import DEFAULT, recipe_names, recipe_path, recipe_title
-
-if TYPE_CHECKING:
-    from granet.speed import LayerSpeed
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 
@@ -75,22 +72,11 @@ def _print_help() -> None:
     print("\n`granet COMMAND --help` lists a command's options; `granet --version` prints the version.")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's parser, with errors as UsageError and the nearest name for an unknown option."""
-
-    def error(self, message: str) -> NoReturn:
-        marker = "unrecognized arguments: "
-        if message.startswith(marker):
-            word = message.removeprefix(marker).split()[0]
-            message = f"unknown option {word}{suggestion(word, self._option_string_actions)}"
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
+def _parser(command: str) -> Parser:
+    return Parser(prog=f"granet {command}", description=COMMANDS[command][1] + ".", allow_abbrev=False)
 
 
-def _parser(command: str) -> _Parser:
-    return _Parser(prog=f"granet {command}", description=COMMANDS[command][1] + ".", allow_abbrev=False)
-
-
-def _add_run_options(parser: _Parser) -> None:
+def _add_run_options(parser: Parser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument(
         "--weights", choices=("model", "best"), default="model", help="of the last epoch, or best by validation"
@@ -98,7 +84,7 @@ def _add_run_options(parser: _Parser) -> None:
 
 
 def _train(words: list[str]) -> None:
-    parser = _Parser(prog="granet train", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="granet train", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--recipe", help=f"a name from `granet recipes`; the default is {DEFAULT}")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file in the place of a recipe")
@@ -182,7 +168,7 @@ def _methods(words: list[str]) -> None:
         table.add_column(column, no_wrap=column != "summary")
     for cls in all_methods().values():
         table.add_row(cls.__name__, cls.family, cls.source, cls.summary)
-    _table_console().print(table)
+    table_console().print(table)
 
 
 def _evaluate(words: list[str]) -> None:
@@ -213,87 +199,6 @@ def _export(words: list[str]) -> None:
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def _doctor(words: list[str]) -> None:
-    parser = _parser("doctor")
-    parser.add_argument("model", metavar="MODEL", help="a name such as vgg19, resnet50-cifar or resnet50")
-    parser.add_argument("--input", type=_shape, metavar="CxHxW", help="shape of an image, e.g. 3x32x32")
-    parser.add_argument("--num-classes", "--num_classes", type=int, default=10)
-    parser.add_argument("--sparsity", type=float, default=0.9, help="for the preview of the distributions")
-    parser.add_argument("--granularity", default="unstructured", help="unstructured, block:64x32, 2:4 or filter")
-    parser.add_argument("--batch", type=int, default=128, help="images of one batch, for the times")
-    parser.add_argument(
-        "--no-measure", "--no_measure", action="store_true", help="leave out the times: seconds to minutes"
-    )
-    options = parser.parse_args(words)
-    from granet.doctor import examine
-
-    batch = None if options.no_measure else options.batch
-    found = examine(options.model, options.input, options.num_classes, options.sparsity, options.granularity, batch)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    for column in ("shape", "weights", "MACs", "kept by ERK", "kept by uniform"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if batch is not None:
-        table.add_column("runs", no_wrap=True)
-        for column in ("speed-up", "wins from"):
-            table.add_column(column, justify="right", no_wrap=True)
-    for layer in found.layers:
-        shares = (
-            ("does not fit, exclude it: " + layer.problem, "")
-            if layer.problem is not None
-            else tuple("-" if share is None else f"{share:.2%}" for share in (layer.erk, layer.uniform))
-        )
-        shape = "x".join(map(str, layer.shape))
-        speed = () if batch is None or layer.problem is not None else _speed_cells(layer.speed)
-        table.add_row(layer.name, shape, f"{layer.weights:,}", f"{layer.macs:,}", *shares, *speed)
-    console = _table_console()
-    console.print(table)
-    weights = sum(layer.weights for layer in found.layers)
-    console.print(
-        f"{found.model} on images {'x'.join(map(str, found.image_shape))}: {found.parameters:,} parameters, "
-        f"{weights:,} of them in {len(found.layers)} layers that can be sparse; {found.macs:,} MACs an image"
-    )
-    console.print(
-        f"FLOPs at sparsity {options.sparsity:.0%}, dense = 100%: ERK {found.flops_ratio['erk']:.1%}, "
-        f"uniform {found.flops_ratio['uniform']:.1%}"
-    )
-    if found.speedup is not None:
-        console.print(
-            f"measured on batches of {batch}, forward and backward, against masked dense layers: all of them together "
-            f"{found.speedup:.2f}x at sparsity {options.sparsity:.0%} with ERK"
-        )
-    console.print(_native_text())
-
-
-def _speed_cells(speed: LayerSpeed | None) -> tuple[str, str, str]:
-    """What runs, how much faster than dense it is, the sparsity from which native code wins."""
-    if speed is None:
-        return "dense, masked gradient", "", ""
-    wins = "never" if speed.break_even is None else f"{speed.break_even:.0%}"
-    return speed.implementation, f"{speed.speedup:.2f}x", wins
-
-
-def _native_text() -> str:
-    from granet_kernels.cpu_backend import library
-
-    reason = library.unavailable()
-    if reason is not None:
-        return f"native CPU code: none, {reason}"
-    return f"native CPU code: {library.isa()}, threads: {library.threads()}"
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected CHANNELSxHEIGHTxWIDTH such as 3x32x32, got {text!r}")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def _table_console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
-
-
 def _describe(error: OSError) -> str:
     if error.errno is None or (error.filename is None and not error.strerror):
         return str(error)
@@ -310,6 +215,12 @@ def _complain(message: str, status: int) -> int:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _doctor(words: list[str]) -> None:
+    from granet.cli_doctor import run
+
+    run(_parser("doctor"), words)
 
 
 COMMANDS |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,7 @@ def examine(
     sparsity: float = 0.9,
     granularity: str = "unstructured",
     measure_batch: int | None = None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> Diagnosis:
     """Look at a named model, without training it.
 
@@ -87,6 +89,7 @@ def examine(
         sparsity: of all layers together, for the preview of the distributions.
         granularity: what one unit of sparsity is.
         measure_batch: time every layer on so many images, at the density that ERK gives it; None measures nothing.
+        progress: called with the name of each layer before it is timed.
     Raises:
         ValueError: unknown model, granularity or shape; sparsity outside [0, 1); a batch below 1.
     """
@@ -105,7 +108,7 @@ def examine(
     speeds: dict[str, LayerSpeed] = {}
     if measure_batch is not None:
         with torch.random.fork_rng(devices=[]):
-            speeds = measure_layers(model, shape, densities["erk"], unit, measure_batch)
+            speeds = measure_layers(model, shape, densities["erk"], unit, measure_batch, progress)
     layers = [
         LayerReport(
             name=name,

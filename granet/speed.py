@@ -40,7 +40,12 @@ class LayerSpeed:
 
 
 def measure_layers(
-    model: nn.Module, image_shape: tuple[int, int, int], densities: Mapping[str, float], unit: Granularity, batch: int
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    densities: Mapping[str, float],
+    unit: Granularity,
+    batch: int,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, LayerSpeed]:
     """Time the SparseLayers of a model that is not bound, each once for all that have its shapes and its density.
 
@@ -50,6 +55,7 @@ def measure_layers(
         densities: by layer name; other layers are left out.
         unit: masks are random in these units.
         batch: images.
+        progress: called with the name of each layer before it is timed.
     Returns:
         By layer name; without those that the model does not call.
     """
@@ -61,6 +67,7 @@ def measure_layers(
             shape = (batch, *shapes[name][1:])
             key = (repr(module), shape, round(densities[name], 3))
             if key not in known:
+                progress(name)
                 known[key] = _measure(module, torch.randn(shape), densities[name], unit)
             found[name] = known[key]
     return found

@@ -64,7 +64,9 @@ def test_the_sparsity_from_which_native_code_wins(native, expected):
 
 
 def test_layers_are_measured_on_request():
-    found = examine("digits-cnn", measure_batch=2)
+    seen: list[str] = []
+    found = examine("digits-cnn", measure_batch=2, progress=seen.append)
+    assert seen == [layer.name for layer in found.layers]
     assert found.speedup is not None
     assert found.speedup >= 1
     for layer in found.layers:

@@ -16,7 +16,11 @@ namespace granet {
 namespace {
 
 constexpr size_t PAGE = 4096, HUGE_PAGE = size_t(2) << 20;
-constexpr size_t LEAST_SEGMENT = size_t(256) << 20;  // of addresses: pages are there once they are written
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t SEGMENT = size_t(1) << 28;  // to poison addresses takes memory
+#else
+constexpr size_t SEGMENT = size_t(1) << (sizeof(size_t) > 4 ? 36 : 28);  // of addresses: pages come as they are written
+#endif
 constexpr size_t SLACK = size_t(64) << 20;
 constexpr int64_t PATIENCE = 4096;  // requests between two looks at what is kept for nothing
 
@@ -82,18 +86,18 @@ size_t Arena::best(size_t size) const {
     return found;
 }
 
-// Segments grow, so that even large models need few.
+// One segment serves even large models: between two, nothing can be joined.
 size_t Arena::add_segment(size_t size) {
     blocks_.reserve(blocks_.size() + 2);
-    size_t mapped = rounded(std::max({size, LEAST_SEGMENT, mapped_}), HUGE_PAGE);
+    const size_t least = rounded(size, HUGE_PAGE);
+    size_t mapped = std::max(least, SEGMENT);
     char* memory = map(mapped);
-    if (!memory) {
-        mapped = rounded(size, HUGE_PAGE);
+    while (!memory && mapped > least) {  // the user or the system allows fewer addresses
+        mapped = std::max(least, rounded(mapped / 2, HUGE_PAGE));
         memory = map(mapped);
     }
     if (!memory) throw std::bad_alloc();
     ASAN_POISON_MEMORY_REGION(memory, mapped);
-    mapped_ += mapped;
     const auto at = std::find_if(blocks_.begin(), blocks_.end(), [&](const Block& b) { return b.memory > memory; });
     return size_t(blocks_.insert(at, Block{memory, mapped, 0, false, true}) - blocks_.begin());
 }
@@ -119,7 +123,6 @@ int64_t Arena::release() {
         if (block.first && (i + 1 == blocks_.size() || blocks_[i + 1].first)) {
             ASAN_UNPOISON_MEMORY_REGION(block.memory, block.size);
             munmap(block.memory, block.size);
-            mapped_ -= block.size;
             blocks_.erase(blocks_.begin() + ptrdiff_t(i));
             continue;
         }

@@ -32,7 +32,7 @@ class Arena {
     void trim();
 
     std::vector<Block> blocks_;  // of all segments, by rising address; no two free ones of a segment follow each other
-    size_t used_ = 0, mapped_ = 0;
+    size_t used_ = 0;
     size_t peak_ = 0;  // of used_, since the last trim
     int64_t requests_ = 0;
 };
