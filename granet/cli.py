@@ -199,6 +199,12 @@ def _export(words: list[str]) -> None:
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
+def _doctor(words: list[str]) -> None:
+    from granet.cli_doctor import run
+
+    run(_parser("doctor"), words)
+
+
 def _describe(error: OSError) -> str:
     if error.errno is None or (error.filename is None and not error.strerror):
         return str(error)
@@ -215,12 +221,6 @@ def _complain(message: str, status: int) -> int:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
-
-
-def _doctor(words: list[str]) -> None:
-    from granet.cli_doctor import run
-
-    run(_parser("doctor"), words)
 
 
 COMMANDS |= {

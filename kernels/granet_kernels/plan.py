@@ -166,8 +166,10 @@ class Plan:
         mode = self.mode()
         if mode != MEASURED:
             return all(self._fixed_choice(mode, site, layout) == DENSE for site in sites)
+        if not all(site.choices.get(layout.bucket) == DENSE for site in sites):
+            return False
         sites[0].passed += 1
-        return sites[0].passed % _PASSING != 0 and all(site.choices.get(layout.bucket) == DENSE for site in sites)
+        return sites[0].passed % _PASSING != 0
 
     def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
         """Take down what a timed call took.
