@@ -164,6 +164,16 @@ def batch_of(setting: Setting) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, CLASSES, (setting.batch,), generator=generator)
 
 
+def check_image_size(setting: Setting) -> None:
+    """Raise ValueError unless the model takes images of this size."""
+    size = setting.image_size
+    try:
+        with torch.device("meta"):
+            create_model(setting.model, CLASSES)(torch.empty(2, 3, size, size))
+    except RuntimeError as error:
+        raise ValueError(f"{setting.model} does not take images of {size}x{size} pixels: {error}") from error
+
+
 def check_gradients(trainer: Trainer, reference: dict[str, Tensor]) -> None:
     """Raise WrongResultError unless loss and gradients are those of dense torch with the same weights.
 

@@ -20,6 +20,7 @@ from bench.step_models import (
     Setting,
     Trainer,
     check_gradients,
+    check_image_size,
     reference_gradients,
 )
 from bench.timing import Budget, Timing, alternate
@@ -57,8 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--split", action="store_true", help="show where the time of a step goes instead, by torch.profiler"
     )
     args = options.parse_args(argv)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
     settings = [Setting(name, args.batch, args.image_size, args.distribution, args.fused) for name in args.model]
+    try:
+        for setting in settings:
+            check_image_size(setting)
+    except ValueError as error:
+        options.error(str(error))
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     levels = [(name, level) for name in args.granularity for level in args.sparsity]
     if args.split:
         return split.show(settings, levels, args.csv or RESULTS / "step_split.csv", args.rounds, PLAN_WARMUP)

@@ -332,6 +332,11 @@ class TestCommands:
             layers.main(arguments)
         assert "error" in capsys.readouterr().err
 
+    def test_a_model_that_does_not_take_the_images(self, capsys):
+        with pytest.raises(SystemExit):
+            step_time.main(["--model", "resnet20", "mlp", "--image-size", "9"])
+        assert "mlp does not take images of 9x9 pixels" in capsys.readouterr().err
+
     def test_everything_has_a_summary(self, tmp_path):
         """What `make bench` prints in the end comes from the files, and only from this run's rows."""
         layers.main([*LAYERS, "--csv", str(tmp_path / "layers.csv")])

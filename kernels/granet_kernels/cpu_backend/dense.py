@@ -21,7 +21,8 @@ from granet_kernels.reference import image_format
 
 P = ParamSpec("P")
 
-_BITS = {
+# As many bits.
+INTEGER = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.bfloat16: torch.int16,
@@ -131,20 +132,21 @@ def _convolution_backward(
     return result
 
 
-def masked(values: Tensor, mask: Tensor, full: bool = False) -> Tensor:
-    """torch.where(mask, values, 0)."""
+def masked(values: Tensor, mask: Tensor, full: bool = False, bits: Tensor | None = None) -> Tensor:
+    """torch.where(mask, values, 0); `bits` is SparseLayout.bits of the mask in INTEGER, if that exists."""
     if full:
         return values
-    bits = _BITS.get(values.dtype)
-    if bits is None:
+    integer = INTEGER.get(values.dtype)
+    if integer is None:
         return torch.where(mask, values, 0)
-    return (_all_bits(mask) & values.view(bits)).view(values.dtype)  # in this order: the mask settles the strides
+    bits = _all_bits(mask) if bits is None else bits
+    return (bits & values.view(integer)).view(values.dtype)  # in this order: the mask settles the strides
 
 
 def _as_gradient(w_grad: Tensor, mask: Tensor, full: bool) -> Tensor:
     """A new dense gradient, zeroed off the mask in place, in the mask's layout."""
     if not full:
-        w_grad.view(_BITS[w_grad.dtype]).bitwise_and_(_all_bits(mask))
+        w_grad.view(INTEGER[w_grad.dtype]).bitwise_and_(_all_bits(mask))
     if w_grad.stride() == mask.stride():
         return w_grad
     return torch.empty_like(mask, dtype=w_grad.dtype).copy_(w_grad)

@@ -57,18 +57,19 @@ class _Masked(torch.autograd.Function):
     """where(mask, values, 0), with the gradient of a sparse layer's weight."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, mask: Tensor, bits: Tensor | None, dense_wgrad: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        ctx.dense_wgrad = dense_wgrad
-        return dense.masked(values, mask)
+        ctx.bits, ctx.dense_wgrad = bits, dense_wgrad
+        return dense.masked(values, mask, bits=bits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
         if ctx.dense_wgrad is not None and ctx.dense_wgrad:
-            return grad, None, None
-        masked: Tensor = _Masked.apply(grad, mask, None) if torch.is_grad_enabled() else dense.masked(grad, mask)
-        return masked, None, None
+            return grad, None, None, None
+        if torch.is_grad_enabled():
+            return _Masked.apply(grad, mask, ctx.bits, None), None, None, None
+        return dense.masked(grad, mask, bits=ctx.bits), None, None, None
 
 
 def _weight(
@@ -100,7 +101,12 @@ def _weight(
         if not (full or small or plan.agrees_on_dense(tuple(needed.values()), layout)):
             return None
         _note(needed, layout)
-    return weight if full else _Masked.apply(weight, mask, dense_wgrad)
+    if full:
+        return weight
+    integer = dense.INTEGER.get(weight.dtype)
+    bits = None if integer is None else layout.bits(mask, integer)
+    masked: Tensor = _Masked.apply(weight, mask, bits, dense_wgrad)
+    return masked
 
 
 def _note(sites: dict[str, plan.Site], layout: SparseLayout) -> None:

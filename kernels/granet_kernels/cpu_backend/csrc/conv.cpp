@@ -91,7 +91,7 @@ class Item {
         if (g_.whole)
             g_.whole->tile(args);
         else
-            (g_.height > 1 ? p_.kernels.shared_tiles[th - 1][tw - 1] : p_.kernels.tiles[th - 1][tw - 1])(args);
+            p_.kernels.tile(th, tw, g_.height > 1)(args);
     }
 
     const Pass& p_;

@@ -78,7 +78,7 @@ void run_tile(const DirectPass& p, int64_t image, int64_t j, int th, int tw, cha
         for (int64_t block = 0; block < p.table.blocks; ++block) {
             args.ptr = p.table.row_ptr(0, block, begin);
             args.accumulate = block > 0;
-            (p.tiling.height > 1 ? k.shared_tiles[th - 1][tw - 1] : k.tiles[th - 1][tw - 1])(args);
+            k.tile(th, tw, p.tiling.height > 1)(args);
         }
         for (int64_t row = begin; row < end; ++row)
             for (int a = 0; a < th; ++a)
@@ -139,7 +139,7 @@ void wgrad_direct(const KernelSet& k, const Table& table, const Images& gradient
             args.sum = sums;
             for (int64_t block = 0; block < table.blocks; ++block) {
                 args.ptr = table.row_ptr(0, block, part.row_begin);
-                (t.height > 1 ? k.shared_dots[th - 1][tw - 1] : k.dots[th - 1][tw - 1])(args);
+                k.dot(th, tw, t.height > 1)(args);
             }
         }
     }

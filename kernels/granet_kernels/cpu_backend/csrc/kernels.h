@@ -82,6 +82,9 @@ struct KernelSet {
     static constexpr int max_shared = 4;  // vectors in the largest tile for shared rows
     void (*shared_tiles[max_shared][max_shared])(const TileArgs&);
     void (*shared_dots[max_shared][max_shared])(const DotArgs&);
+    // The kernel for th x tw vectors, of rows that share their entries or of any.
+    auto tile(int th, int tw, bool shared) const { return (shared ? shared_tiles[th - 1] : tiles[th - 1])[tw - 1]; }
+    auto dot(int th, int tw, bool shared) const { return (shared ? shared_dots[th - 1] : dots[th - 1])[tw - 1]; }
     WholeKernel whole[5];
     const WholeKernel* find_whole(int64_t side, int groups) const {
         for (const WholeKernel& each : whole)

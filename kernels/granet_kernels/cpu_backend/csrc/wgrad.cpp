@@ -111,7 +111,7 @@ class Item {
             if (g_.whole)
                 g_.whole->dot(args);
             else
-                (g_.height > 1 ? p_.kernels.shared_dots[th - 1][tw - 1] : p_.kernels.dots[th - 1][tw - 1])(args);
+                p_.kernels.dot(th, tw, g_.height > 1)(args);
         }
     }
 
