@@ -1,10 +1,16 @@
-"""What every test runs under: a fixed plan, so that results have the same bits each time, and no cache of times."""
+"""What every test runs under: a fixed plan, so that results have the same bits each time, and no cache of times.
+
+Without a CUDA device Triton interprets its kernels, which has to be said before anything imports it.
+"""
 
 import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["GRANET_PLAN"] = "native"
 os.environ["GRANET_PLAN_CACHE"] = ""
 

@@ -13,6 +13,7 @@ from granet_kernels.conv2d import conv2d
 from granet_kernels.linear import linear
 from granet_kernels.norm import norm
 from granet_kernels.pool import max_pool
+from granet_kernels.sharded import sharded_topk_mask
 from granet_kernels.topk import drop, grow, topk_mask
 
-__all__ = ["conv2d", "drop", "grow", "linear", "max_pool", "norm", "plan", "topk_mask"]
+__all__ = ["conv2d", "drop", "grow", "linear", "max_pool", "norm", "plan", "sharded_topk_mask", "topk_mask"]

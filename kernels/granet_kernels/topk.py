@@ -62,7 +62,7 @@ def topk_mask(
     Raises:
         ValueError: a shape, dtype, device or offset is wrong, or a count is negative or more than is eligible.
     """
-    parts, bounds = _check_buffers("topk_mask", scores, offsets, "eligible", eligible)
+    parts, bounds = check_buffers("topk_mask", scores, offsets, "eligible", eligible)
     sizes = bounds.diff() if eligible is None else _true_per_segment(eligible, bounds)
     vector = _check_counts("topk_mask", "counts", counts, sizes, "eligible units")
     mask: Tensor = topk_mask_op(parts, vector, bounds, eligible, absolute)
@@ -87,7 +87,7 @@ def drop(
         ValueError: a shape, dtype, device, offset or count is wrong.
     Source: SET, arXiv:1707.04780; RigL, arXiv:1911.11134; GraNet, arXiv:2106.10404, eq. 2.
     """
-    parts, bounds = _check_buffers("drop", scores, offsets, "kept", kept)
+    parts, bounds = check_buffers("drop", scores, offsets, "kept", kept)
     nnz = _true_per_segment(kept, bounds)
     counts = _check_counts("drop", "n_drop", n_drop, nnz, "kept units")
     left: Tensor = topk_mask_op(parts, nnz - counts, bounds, kept, absolute)
@@ -112,7 +112,7 @@ def grow(
         ValueError: a shape, dtype, device, offset or count is wrong.
     Source: RigL, arXiv:1911.11134; GraNet, arXiv:2106.10404, eq. 3.
     """
-    parts, bounds = _check_buffers("grow", scores, offsets, "kept", kept)
+    parts, bounds = check_buffers("grow", scores, offsets, "kept", kept)
     free = bounds.diff() - _true_per_segment(kept, bounds)
     counts = _check_counts("grow", "n_grow", n_grow, free, "units that are not kept")
     grown: Tensor = topk_mask_op(parts, counts, bounds, ~kept, absolute)
@@ -125,7 +125,7 @@ def _true_per_segment(units: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack([units[begin:end].count_nonzero() for begin, end in pairwise(offsets.tolist())]).cpu()
 
 
-def _check_buffers(
+def check_buffers(
     op: str, scores: Scores, offsets: Ints | None, name: str, units: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
     """Raise ValueError unless scores, offsets and the named bool buffer of units fit; the parts of the scores, and the
@@ -144,7 +144,7 @@ def _check_buffers(
             raise ValueError(f"{op}: expected {name} of the scores' shape ({total},), got shape {tuple(units.shape)}")
     if offsets is None:
         return parts, torch.tensor([0, total])
-    bounds = _int64_vector(op, "offsets", offsets)
+    bounds = int64_vector(op, "offsets", offsets)
     if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != total or (bounds.diff() < 0).any():
         raise ValueError(
             f"{op}: expected offsets that rise from 0 to the number of units {total}, got {bounds.tolist()}"
@@ -156,7 +156,7 @@ def _check_counts(op: str, name: str, counts: int | Ints, available: Tensor, wha
     """Raise ValueError unless there is one count a segment, none negative or above what is available; the counts."""
     if isinstance(counts, int):
         counts = [counts] * available.numel()
-    vector = _int64_vector(op, name, counts)
+    vector = int64_vector(op, name, counts)
     if vector.shape != available.shape:
         raise ValueError(f"{op}: expected one of {name} per segment, {available.numel()} in all, got {vector.numel()}")
     for segment in ((vector < 0) | (vector > available)).nonzero().flatten().tolist():
@@ -166,7 +166,7 @@ def _check_counts(op: str, name: str, counts: int | Ints, available: Tensor, wha
     return vector
 
 
-def _int64_vector(op: str, name: str, values: Ints) -> Tensor:
+def int64_vector(op: str, name: str, values: Ints) -> Tensor:
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     if tensor.dim() != 1 or (tensor.dtype != torch.int64 and tensor.numel()):
         raise ValueError(

@@ -1,0 +1,228 @@
+"""Compile every Triton kernel as its launcher calls it, for chips that need not be here: registers, spills, loads.
+
+The launchers run on tensors in CPU memory, and their launches are recorded instead of made. So what is compiled is what
+is shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from bench.records import RESULTS, Row, markdown
+from granet.files import write_text_atomically
+
+CHIPS = {"sm_70": 96 * 1024, "sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a program may have."""
+
+COLUMNS = (
+    *("kernel", "case", "chip", "warps", "stages", "registers", "local_bytes", "shared_bytes", "shared_limit"),
+    *("loads_128", "loads_64", "loads_32", "loads_narrow", "stores_128", "hmma", "hgmma", "ffma", "instructions"),
+    "triton",
+)
+_TYPES = {
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: what its compilation depends on."""
+
+    kernel: Any
+    case: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    options: dict[str, int]
+
+
+@dataclass
+class _Recorder:
+    """Stands for a kernel: kernel[grid](...) is written down."""
+
+    kernel: Any
+    case: str
+    launches: list[Launch] = field(default_factory=list)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        is_constant = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
+        signature, constants, divisible = {}, {}, []
+        for name in self.kernel.arg_names:
+            value = given[name]
+            if is_constant[name] or value is None or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                signature[name] = _TYPES[value.dtype]
+                divisible += [name] * (value.data_ptr() % 16 == 0)
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                divisible += [name] * (value % 16 == 0)
+        self.launches.append(Launch(self.kernel, self.case, signature, constants, tuple(divisible), options))
+
+
+def recorded(module: ModuleType, case: str, run: Callable[[], object]) -> list[Launch]:
+    """The launches of the kernels that `run` finds in `module`."""
+    from triton.runtime.jit import JITFunction
+
+    with ExitStack() as stack:
+        recorders = [
+            stack.enter_context(patch.object(module, name, _Recorder(value, case)))
+            for name, value in vars(module).items()
+            if isinstance(value, JITFunction)
+        ]
+        run()
+    return [launch for recorder in recorders for launch in recorder.launches]
+
+
+def selection() -> Iterator[Launch]:
+    """Few scores and many; with and without eligible ones; wherever they begin."""
+    from granet_kernels.triton_backend import table, topk
+
+    def select(n: int, begin: int, eligible: bool) -> None:
+        scores = torch.zeros(n + begin)[begin:]
+        flags = torch.ones(n, dtype=torch.bool) if eligible else None
+        topk.topk_mask_triton([scores], torch.tensor([1]), torch.tensor([0, n]), flags, True)
+
+    yield from recorded(topk, "small", lambda: select(1000, 0, False))
+    yield from recorded(topk, "many", lambda: select(table.LARGE + 1, 0, False))
+    yield from recorded(topk, "many, eligible", lambda: select(table.LARGE + 1, 0, True))
+    yield from recorded(topk, "unaligned, eligible", lambda: select(1000, 1, True))
+
+
+SUITES: dict[str, Callable[[], Iterator[Launch]]] = {"selection": selection}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__, allow_abbrev=False)
+    options.add_argument("--csv", type=Path, default=RESULTS / "codegen.csv", metavar="FILE", help="written anew")
+    options.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    options.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
+    args = options.parse_args(argv)
+    os.environ["TRITON_INTERPRET"] = "0"
+    rows = [row_of(launch, chip) for suite in args.suite for launch in distinct(SUITES[suite]()) for chip in args.chip]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomically(args.csv, table.getvalue())
+    print(summary(rows))
+    return 0
+
+
+def distinct(launches: Iterator[Launch]) -> list[Launch]:
+    """The first of those that compile to the same code."""
+    found: dict[str, Launch] = {}
+    for each in launches:
+        key = f"{each.kernel.__name__} {each.signature} {each.constants} {each.divisible} {each.options}"
+        found.setdefault(key, each)
+    return list(found.values())
+
+
+def row_of(launch: Launch, chip: str) -> Row:
+    """Compile for a chip, and read the machine code."""
+    import triton
+
+    compiled = _compile(launch, chip)
+    with _file(compiled.asm["cubin"]) as cubin:
+        usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
+        sass = _tool("nvdisasm", "-c", cubin)
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "kernel": launch.kernel.__name__,
+        "case": launch.case,
+        "chip": chip,
+        "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "registers": found["REG"],
+        "local_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "shared_limit": CHIPS[chip],
+        "loads_128": _count(r"LDG\.E[.\w]*\.128|LDGSTS[.\w]*\.128|UTMALDG", sass),
+        "loads_64": _count(r"LDG\.E[.\w]*\.64|LDGSTS[.\w]*\.64", sass),
+        "loads_32": _count(r"LDG\.E(?![.\w]*\.(128|64|U8|S8|U16|S16))", sass),
+        "loads_narrow": _count(r"LDG\.E[.\w]*\.(U8|S8|U16|S16)", sass),
+        "stores_128": _count(r"STG\.E[.\w]*\.128", sass),
+        "hmma": _count(r"\bHMMA", sass),
+        "hgmma": _count(r"\bHGMMA", sass),
+        "ffma": _count(r"\bFFMA", sass),
+        "instructions": _count(r"^\s*/\*[0-9a-f]{4,}\*/", sass),
+        "triton": triton.__version__,
+    }
+
+
+def _compile(launch: Launch, chip: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=launch.signature,
+        constexprs=launch.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+@contextmanager
+def _file(data: bytes) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(data)
+        yield str(path)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """The output of one of the tools that come with triton."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _count(pattern: str, text: str) -> int:
+    return sum(1 for _ in re.finditer(pattern, text, re.MULTILINE))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Markdown: one line a kernel, case and chip."""
+    header = ["kernel", "case", "chip", "warps", "registers", "local", "shared", "128-bit loads", "HMMA", "HGMMA"]
+    names = ("warps", "registers", "local_bytes", "shared_bytes", "loads_128", "hmma", "hgmma")
+    return markdown(
+        header, [[row["kernel"], row["case"], row["chip"], *(str(row[name]) for name in names)] for row in rows]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

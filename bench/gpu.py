@@ -1,0 +1,131 @@
+"""What the benchmarks of a GPU share: the device, its bandwidth, and times of functions that take turns on it."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from bench import timing
+from bench.records import RESULTS, Row, machine
+from bench.timing import Timing
+
+Key = TypeVar("Key", bound=Hashable)
+
+MACHINE = ("date", "gpu", "driver", "torch", "triton")
+_COPIED = 2**28  # float32s of the copy that measures the bandwidth: far more than a cache holds
+_FLUSHED = 2**28  # bytes that are written between two measurements, so that neither finds its operands in the cache
+
+
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The options of every benchmark of a GPU, `python -m bench.NAME`."""
+    made = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description, allow_abbrev=False)
+    made.add_argument("--csv", type=Path, default=RESULTS / f"{name}.csv", metavar="FILE", help="append records here")
+    made.add_argument("--seconds", type=float, default=60.0, metavar="S", help="for the whole command (default 60)")
+    made.add_argument(
+        "--dry",
+        action="store_true",
+        help="walk through everything with tiny sizes, on the CPU where there is no GPU: the times mean nothing",
+    )
+    return made
+
+
+def device(dry: bool) -> torch.device:
+    """The GPU; in a dry run without one the CPU, where Triton has to be told to interpret.
+
+    Raises:
+        ValueError: no GPU, and the run is to be measured.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not dry:
+        raise ValueError("expected a CUDA device, got none: `--dry` walks through without one")
+    return torch.device("cpu")
+
+
+def described(on: torch.device) -> Row:
+    """date (UTC), gpu, driver and versions: the same in all rows of a run."""
+    import triton
+
+    known = machine()
+    gpu, driver = "none, a dry run", ""
+    if on.type == "cuda":
+        gpu, driver = torch.cuda.get_device_name(on), _driver()
+    return {
+        "date": known["date"],
+        "gpu": gpu,
+        "driver": driver,
+        "torch": known["torch"],
+        "triton": triton.__version__,
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def alternate(
+    candidates: Mapping[Key, Callable[[], object]], on: torch.device, rounds: int, seconds: float
+) -> dict[Key, Timing]:
+    """Call the candidates in turn, and time each call by events on the device, with nothing of it in the cache.
+
+    Times begin when the device does, so a candidate that keeps it waiting for its launches is charged for that.
+    """
+    if on.type == "cpu":
+        return timing.alternate(candidates, rounds, seconds, least_sample=0.0)
+    for run in candidates.values():
+        for _ in range(3):
+            run()
+    flush = torch.empty(_FLUSHED, dtype=torch.int8, device=on)
+    samples: dict[Key, list[float]] = {key: [] for key in candidates}
+    order = list(candidates)
+    clock = torch.cuda.Event(enable_timing=True)
+    clock.record()
+    for number in range(rounds):
+        shift = number % max(len(order), 1)
+        pairs = {}
+        for key in order[shift:] + order[:shift]:
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            candidates[key]()
+            end.record()
+            pairs[key] = begin, end
+        torch.cuda.synchronize()
+        for key, (begin, end) in pairs.items():
+            samples[key].append(begin.elapsed_time(end) / 1000)
+        if number + 1 >= timing.LEAST_ROUNDS and clock.elapsed_time(end) / 1000 > seconds:
+            break
+    return {key: Timing(tuple(values)) for key, values in samples.items()}
+
+
+def captured(run: Callable[[], object], on: torch.device) -> Callable[[], object]:
+    """`run` as one graph, so that its launches cost the host nothing; on a CPU `run` itself."""
+    if on.type == "cpu":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def bandwidth(on: torch.device, dry: bool) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.ones(1000 if dry else _COPIED, device=on)
+    target = torch.empty_like(source)
+    times = alternate({"copy": lambda: target.copy_(source)}, on, 3 if dry else 20, 5)
+    return 2 * source.numel() * source.element_size() / times["copy"].median

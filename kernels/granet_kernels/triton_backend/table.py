@@ -1,0 +1,152 @@
+"""The tables by which the kernels of the selection find scores, segments and buffers; kept for the next call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # units that a program works on at once; a tile has up to 2^15
+THREADS = 256  # of a program
+SAMPLE = 8192  # scores of a segment that are looked at first
+CODES = 4096  # codes that are looked at where there are many
+CHUNK = 1024  # codes, or counts, that a program takes at a time when it settles a segment
+LARGE = 2**24  # units, from which on a program takes several blocks, one after the other
+_MOST_TABLES = 64
+
+
+@dataclass(frozen=True)
+class Table:
+    """One selection as the kernels see it.
+
+    Attributes:
+        pieces, segments: int64 on the device of the scores; columns as in `keys`.
+        piece_count, segment_count, tile_count: rows of the tables, and programs of a pass over the scores.
+        block, threads, sample, codes, chunk: as BLOCK, THREADS, SAMPLE, CODES, CHUNK.
+        blocks: how many times `block` units are in a tile.
+        buffers: of each buffer, the codes that it holds and the programs of a pass over it.
+        refinements: how often the bracket may have to be narrowed.
+        aligned: whether vectors of 16 bytes can be read and written.
+        steps: of a binary search over the pieces, and over the segments.
+    """
+
+    pieces: Tensor
+    segments: Tensor
+    piece_count: int
+    segment_count: int
+    tile_count: int
+    block: int
+    threads: int
+    sample: int
+    codes: int
+    chunk: int
+    blocks: int
+    buffers: tuple[tuple[int, int], tuple[int, int]]
+    refinements: int
+    aligned: bool
+    steps: tuple[int, int]
+
+
+Piece = tuple[int, int, int, int]
+"""Address, first unit, units, segment."""
+
+_tables: dict[tuple[object, ...], Table] = {}
+_captured: list[Table] = []  # which graphs read at every replay
+
+
+def table_of(parts: Sequence[Tensor], bounds: Sequence[int]) -> Table:
+    """The table of contiguous float32 parts, cut into segments at `bounds`.
+
+    A table depends on addresses and sizes alone. It is kept, so that a captured graph, or a step like the last one,
+    copies nothing to the device.
+    """
+    device = parts[0].device
+    key = (device, *((part.data_ptr(), part.numel()) for part in parts), tuple(bounds))
+    table = _tables.get(key)
+    if table is None:
+        while len(_tables) >= _MOST_TABLES:
+            _tables.pop(next(iter(_tables)), None)
+        table = _tables[key] = _new_table(_pieces(parts, bounds), bounds, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and table not in _captured:
+        _captured.append(table)
+    return table
+
+
+def _pieces(parts: Sequence[Tensor], bounds: Sequence[int]) -> list[Piece]:
+    """Where the parts and the segments overlap, in the order of the units."""
+    starts = list(accumulate((part.numel() for part in parts), initial=0))
+    pieces: list[Piece] = []
+    part = 0
+    for segment, (begin, end) in enumerate(pairwise(bounds)):
+        at = begin
+        while at < end:
+            while starts[part + 1] <= at:
+                part += 1
+            upto = min(end, starts[part + 1])
+            pieces.append((parts[part].data_ptr() + 4 * (at - starts[part]), at, upto - at, segment))
+            at = upto
+    return pieces
+
+
+def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.device) -> Table:
+    blocks = 16 if bounds[-1] > LARGE else 1
+    tiles = [-(-size // (BLOCK * blocks)) for _, _, size, _ in pieces]
+    first_tiles = list(accumulate(tiles, initial=0))
+    piece_rows = [(*piece[:3], piece[3], first) for piece, first in zip(pieces, first_tiles, strict=False)]
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    of_segment = [0] * (len(sizes) + 1)
+    for _, _, _, segment in pieces:
+        of_segment[segment + 1] += 1
+    first_pieces = list(accumulate(of_segment))
+    scores = [
+        (begin, size, first, last - first, first_tiles[first], first_tiles[last] - first_tiles[first])
+        for begin, size, (first, last) in zip(bounds, sizes, pairwise(first_pieces), strict=False)
+    ]
+    large = [min(size, math.ceil(1.3 * _inside(SAMPLE) * size) + SAMPLE) for size in sizes]
+    small = [min(size, math.ceil(1.3 * _inside(CODES) * size) + CODES) for size in large]
+    buffers = [_buffer(capacities) for capacities in (large, small)]
+    segment_rows = [
+        (*row, *first, *second) for row, first, second in zip(scores, *(b[0] for b in buffers), strict=True)
+    ]
+    return Table(
+        pieces=torch.tensor(piece_rows, dtype=torch.int64).reshape(-1, 5).to(device),
+        segments=torch.tensor(segment_rows, dtype=torch.int64).reshape(-1, 12).to(device),
+        piece_count=len(pieces),
+        segment_count=len(sizes),
+        tile_count=first_tiles[-1],
+        block=BLOCK,
+        threads=THREADS,
+        sample=SAMPLE,
+        codes=CODES,
+        chunk=CHUNK,
+        blocks=blocks,
+        buffers=(buffers[0][1], buffers[1][1]),
+        refinements=_refinements(max(sizes, default=0)),
+        aligned=all(address % 16 == 0 and begin % 16 == 0 for address, begin, _, _ in pieces),
+        steps=(len(pieces).bit_length(), len(sizes).bit_length()),
+    )
+
+
+def _buffer(capacities: Sequence[int]) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
+    """Of each segment: begin, capacity, first tile; and the sums of capacities and tiles."""
+    begins = list(accumulate(capacities, initial=0))
+    tiles = list(accumulate((-(-capacity // BLOCK) for capacity in capacities), initial=0))
+    return list(zip(begins, capacities, tiles, strict=False)), (begins[-1], tiles[-1])
+
+
+def _inside(sample: int) -> float:
+    """The largest share of all that lies within the bracket of a sample, but for bad luck; see `search.bracket`."""
+    return min(1.0, 2 * (5 + 2.5 * math.sqrt(sample)) / sample)
+
+
+def _refinements(units: int) -> int:
+    """How often to narrow the bracket until few codes are left."""
+    left, refinements = units * (1 if units <= SAMPLE else _inside(SAMPLE)), 0
+    while left > 2 * CODES:
+        left *= _inside(CODES)
+        refinements += 1
+    return refinements

@@ -1,0 +1,53 @@
+"""What the Triton kernels become on chips that are not here: nothing spilled, nothing too large, wide loads."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Compiled in a process of its own: in this one Triton may be interpreting."""
+    path = tmp_path_factory.mktemp("codegen") / "codegen.csv"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(path.parent / "cache")}
+    command = [sys.executable, "-m", "bench.codegen", "--csv", str(path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True, stdout=subprocess.DEVNULL)
+    with path.open() as file:
+        return [
+            {name: int(value) if value.isdecimal() else value for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def names(rows):
+    return [f"{row['kernel']}, {row['case']}, {row['chip']}" for row in rows]
+
+
+def test_every_kernel_is_compiled_for_every_chip(table):
+    kernels = {row["kernel"] for row in table}
+    assert kernels == {"_bracket_kernel", "_collect_kernel", "_refine_kernel", "_mask_kernel"}
+    for kernel in kernels:
+        assert {row["chip"] for row in table if row["kernel"] == kernel} == {"sm_70", "sm_80", "sm_90"}
+
+
+def test_next_to_nothing_is_spilled(table):
+    """A few addresses wait in local memory until a segment is settled; what a loop works on does not."""
+    assert not names(row for row in table if row["local_bytes"] > 32)
+
+
+def test_shared_memory_is_within_the_chips_limit(table):
+    assert not names(row for row in table if row["shared_bytes"] > row["shared_limit"])
+
+
+def test_scores_are_streamed_in_vectors_of_16_bytes(table):
+    passes = [row for row in table if row["kernel"] in ("_collect_kernel", "_mask_kernel")]
+    wide = [row for row in passes if row["loads_128"] >= 2]
+    assert names(wide) == names(row for row in passes if "unaligned" not in row["case"])
