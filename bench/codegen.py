@@ -127,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     options.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     args = options.parse_args(argv)
+    try:
+        check_triton()
+    except ValueError as error:
+        options.error(str(error))
     os.environ["TRITON_INTERPRET"] = "0"
     rows = [row_of(launch, chip) for suite in args.suite for launch in distinct(SUITES[suite]()) for chip in args.chip]
     table = io.StringIO()
@@ -136,6 +140,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text_atomically(args.csv, table.getvalue())
     print(summary(rows))
     return 0
+
+
+def check_triton() -> None:
+    """Raise ValueError if Triton is older than the interface by which this compiles."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        raise ValueError(f"expected Triton 3.3 or newer, got {triton.__version__}")
 
 
 def distinct(launches: Iterator[Launch]) -> list[Launch]:
