@@ -38,9 +38,11 @@ def test_every_kernel_is_compiled_for_every_chip(table):
         assert {row["chip"] for row in table if row["kernel"] == kernel} == {"sm_70", "sm_80", "sm_90"}
 
 
-def test_next_to_nothing_is_spilled(table):
-    """A few addresses wait in local memory until a segment is settled; what a loop works on does not."""
-    assert not names(row for row in table if row["local_bytes"] > 32)
+def test_what_is_spilled(table):
+    """The aim is nothing. ptxas still spills up to 8 registers of the two kernels that settle segments, some of them
+    in their loops."""
+    settling = ("_collect_kernel", "_refine_kernel")
+    assert not names(row for row in table if row["local_bytes"] > (32 if row["kernel"] in settling else 0))
 
 
 def test_shared_memory_is_within_the_chips_limit(table):
