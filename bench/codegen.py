@@ -14,17 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
-import torch
-from torch import Tensor
-
+from bench.codegen_cases import SUITES, Launch, distinct
 from bench.records import RESULTS, Row, markdown
 from granet.files import write_text_atomically
 
@@ -36,89 +31,6 @@ COLUMNS = (
     *("loads_128", "loads_64", "loads_32", "loads_narrow", "stores_128", "hmma", "hgmma", "ffma", "instructions"),
     "triton",
 )
-_TYPES = {
-    torch.bool: "*i1",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-}
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel: what its compilation depends on."""
-
-    kernel: Any
-    case: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: tuple[str, ...]
-    options: dict[str, int]
-
-
-@dataclass
-class _Recorder:
-    """Stands for a kernel: kernel[grid](...) is written down."""
-
-    kernel: Any
-    case: str
-    launches: list[Launch] = field(default_factory=list)
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        is_constant = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
-        signature, constants, divisible = {}, {}, []
-        for name in self.kernel.arg_names:
-            value = given[name]
-            if is_constant[name] or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[name] = _TYPES[value.dtype]
-                divisible += [name] * (value.data_ptr() % 16 == 0)
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                divisible += [name] * (value % 16 == 0)
-        self.launches.append(Launch(self.kernel, self.case, signature, constants, tuple(divisible), options))
-
-
-def recorded(module: ModuleType, case: str, run: Callable[[], object]) -> list[Launch]:
-    """The launches of the kernels that `run` finds in `module`."""
-    from triton.runtime.jit import JITFunction
-
-    with ExitStack() as stack:
-        recorders = [
-            stack.enter_context(patch.object(module, name, _Recorder(value, case)))
-            for name, value in vars(module).items()
-            if isinstance(value, JITFunction)
-        ]
-        run()
-    return [launch for recorder in recorders for launch in recorder.launches]
-
-
-def selection() -> Iterator[Launch]:
-    """Few scores and many; with and without eligible ones; wherever they begin."""
-    from granet_kernels.triton_backend import table, topk
-
-    def select(n: int, begin: int, eligible: bool) -> None:
-        scores = torch.zeros(n + begin)[begin:]
-        flags = torch.ones(n, dtype=torch.bool) if eligible else None
-        topk.topk_mask_triton([scores], torch.tensor([1]), torch.tensor([0, n]), flags, True)
-
-    yield from recorded(topk, "small", lambda: select(1000, 0, False))
-    yield from recorded(topk, "many", lambda: select(table.LARGE + 1, 0, False))
-    yield from recorded(topk, "many, eligible", lambda: select(table.LARGE + 1, 0, True))
-    yield from recorded(topk, "unaligned, eligible", lambda: select(1000, 1, True))
-
-
-SUITES: dict[str, Callable[[], Iterator[Launch]]] = {"selection": selection}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,15 +60,6 @@ def check_triton() -> None:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         raise ValueError(f"expected Triton 3.3 or newer, got {triton.__version__}")
-
-
-def distinct(launches: Iterator[Launch]) -> list[Launch]:
-    """The first of those that compile to the same code."""
-    found: dict[str, Launch] = {}
-    for each in launches:
-        key = f"{each.kernel.__name__} {each.signature} {each.constants} {each.divisible} {each.options}"
-        found.setdefault(key, each)
-    return list(found.values())
 
 
 def row_of(launch: Launch, chip: str) -> Row:

@@ -31,6 +31,7 @@ class SparseLayout:
         nnz, numel: how many positions are kept, and how many there are.
         density: nnz / numel; 0 for a mask without positions.
         bucket: the density on a logarithmic scale, from 0 (dense); each step is a factor of 2^(1/6).
+        built: what backends made of this mask, by their own names, e.g. the kept blocks; gone when the mask changes.
         last: the plan's notes by direction, what ran last with this mask; they outlive a change of the mask.
         seen: the plan's notes, where this layout has run natively and so is warm.
     """
@@ -43,6 +44,7 @@ class SparseLayout:
         "_place",
         "_version",
         "bucket",
+        "built",
         "density",
         "last",
         "nnz",
@@ -61,6 +63,7 @@ class SparseLayout:
         self.nnz = int(mask.count_nonzero())
         self.density = self.nnz / self.numel if self.numel else 0.0
         self.bucket = bucket_of(self.density)
+        self.built: dict[str, Any] = {}
         self.last = last
         self.seen: set[Any] = set()
 
