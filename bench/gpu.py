@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import torch
 
 from bench import timing
 from bench.records import RESULTS, Row, machine
+from bench.roofline import SHEETS, SIZES, Chip
 from bench.timing import Timing
 
 Key = TypeVar("Key", bound=Hashable)
@@ -54,7 +56,7 @@ def described(on: torch.device) -> Row:
     known = machine()
     gpu, driver = "none, a dry run", ""
     if on.type == "cuda":
-        gpu, driver = torch.cuda.get_device_name(on), _driver()
+        gpu, driver = torch.cuda.get_device_name(on), _query("driver_version")
     return {
         "date": known["date"],
         "gpu": gpu,
@@ -64,8 +66,9 @@ def described(on: torch.device) -> Row:
     }
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+def _query(name: str) -> str:
+    """What nvidia-smi says of the first GPU, or "unknown"."""
+    command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -121,6 +124,24 @@ def captured(run: Callable[[], object], on: torch.device) -> Callable[[], object
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def chip(on: torch.device, dry: bool) -> Chip:
+    """The device, as far as it can be measured in a moment: bandwidth, dense rates; of a CPU, some numbers."""
+    if on.type == "cpu":
+        return Chip("none, a dry run", 1, 1e9, 1e9, 1e9, dict.fromkeys(SIZES, 1e9))
+    about = torch.cuda.get_device_properties(on)
+    size = 4096
+    rates: dict[str, float] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        left, right = (torch.randn(size, size, device=on).to(dtype) for _ in range(2))
+        times = alternate({"dense": partial(torch.mm, left, right)}, on, 10, 2)
+        rates[name] = 2 * size**3 / times["dense"].median
+    rates["tf32"] = max(rates["float32"], rates["bfloat16"] / 2)
+    clock = _query("clocks.max.sm")
+    hertz = 1e6 * float(clock.split()[0]) if clock.split()[0].isdecimal() else SHEETS[-1].clock
+    second = SHEETS[-1].second_level * hertz / SHEETS[-1].clock
+    return Chip(about.name, about.multi_processor_count, hertz, bandwidth(on, dry), second, rates)
 
 
 def bandwidth(on: torch.device, dry: bool) -> float:

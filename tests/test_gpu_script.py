@@ -28,7 +28,7 @@ def test_dry_run(tmp_path):
         rows = list(csv.DictReader(file))
     assert {row["implementation"] for row in rows} >= {"granet", "granet, segments", "torch.topk", "torch.kthvalue"}
     assert all(float(row["ms_median"]) > 0 for row in rows)
-    assert "cuda" in (tmp_path / "tests.log").read_text()
+    assert "cuda" in (tmp_path / "gpu.log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,8 +3,8 @@
 Every candidate computes the right result, so measuring is letting one of them do the work and looking at the clock: it
 costs what the candidate loses to the winner. That is added up, and stays below 2 % of the time since the first call,
 but for calls of more than ten times the winner's time, which count as ten. Measured plans make results differ in the
-last bits from run to run; all others measure nothing and give the same bits twice: "rule" (native up to a density of
-RULE_DENSITY, dense above), "native", "dense", or a file written by `save`.
+last bits from run to run; all others measure nothing and give the same bits twice: "rule" (native up to a density that
+each implementation names, RULE_DENSITY on a CPU, dense above), "native", "dense", or a file written by `save`.
 
 The environment variable GRANET_PLAN sets the plan to start with. Times are kept in $XDG_CACHE_HOME/granet/plan.json, or
 where GRANET_PLAN_CACHE says; if that is empty, nowhere.
@@ -27,6 +27,7 @@ from granet_kernels import plan_files, plan_notes
 from granet_kernels.cpu_backend import library
 from granet_kernels.layout import SparseLayout
 from granet_kernels.plan_times import DENSE, NATIVE, NEEDED, Site
+from granet_kernels.triton_backend import support
 
 DIRECTIONS = plan_notes.DIRECTIONS
 MEASURED, RULE = "measured", "rule"
@@ -134,7 +135,7 @@ class Plan:
             self._mode, self._fixed = before, fixed
             self._generation += 1
 
-    def site(self, key: str) -> Site:
+    def site(self, key: str, rule_density: float = RULE_DENSITY) -> Site:
         """The site of a key, with the times that earlier processes measured."""
         place = (library.isa(), key)
         with self._lock:
@@ -142,7 +143,7 @@ class Plan:
             if found is None:
                 if len(self._sites) >= _MOST_SITES:
                     self._sites.clear()
-                found = self._sites[place] = Site(key)
+                found = self._sites[place] = Site(key, rule_density)
         return found
 
     def choose(self, site: Site, layout: SparseLayout) -> tuple[str, bool]:
@@ -206,6 +207,8 @@ class Plan:
 
     def concerns(self, mask: Tensor) -> bool:
         """Whether ops with this mask have a choice; everywhere else, masked dense is all there is."""
+        if mask.device.type == "cuda":
+            return mask.dim() == 2 and support.is_available(mask.device)
         return mask.device.type == "cpu" and library.unavailable() is None
 
     def summary(self) -> Summary:
@@ -254,7 +257,7 @@ class Plan:
     def _decide(self, site: Site, layout: SparseLayout, count: int) -> tuple[str, bool]:
         with self._lock:
             bucket = layout.bucket
-            incumbent = _nearest(site.choices, bucket) or _rule(layout)
+            incumbent = _nearest(site.choices, bucket) or _rule(site, layout)
             winner = site.times.winner(bucket, incumbent)
             if winner is not None:
                 site.choices[bucket] = winner
@@ -282,14 +285,14 @@ class Plan:
         if mode in (NATIVE, DENSE):
             return mode
         if mode == RULE:
-            return _rule(layout)
+            return _rule(site, layout)
         if site.generation != self._generation:
             site.fixed, site.generation = {}, self._generation
         choice = site.fixed.get(layout.bucket)
         if choice is None:
             choice = site.fixed[layout.bucket] = plan_files.choice_at(
                 self._fixed.get(site.key, {}), layout.bucket
-            ) or _rule(layout)
+            ) or _rule(site, layout)
         return choice
 
 
@@ -298,8 +301,8 @@ def _is_recheck(count: int, measured: bool) -> bool:
     return count % _RECHECK == 0 or (measured and count >= 4 * _PERIOD and count & (count - 1) == 0)
 
 
-def _rule(layout: SparseLayout) -> str:
-    return NATIVE if layout.density <= RULE_DENSITY else DENSE
+def _rule(site: Site, layout: SparseLayout) -> str:
+    return NATIVE if layout.density <= site.rule_density else DENSE
 
 
 def _nearest(choices: dict[int, str], bucket: int) -> str | None:

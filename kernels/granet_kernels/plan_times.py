@@ -102,14 +102,27 @@ class Times:
 class Site:
     """One op and direction on one geometry, with one number of threads: its times, and its choices by density bucket.
 
-    The key names all that in plain text; it stands in the files. `choices` are what measuring has led to, `fixed` those
-    of a fixed plan, looked up under its `generation`. `passed` counts the calls that went past the op.
+    The key names all that in plain text; it stands in the files. `rule_density` is the highest density at which the
+    rule takes the native implementation. `choices` are what measuring has led to, `fixed` those of a fixed plan, looked
+    up under its `generation`. `passed` counts the calls that went past the op.
     """
 
-    __slots__ = ("choices", "counts", "dense_is_warm", "fixed", "generation", "is_set_up", "key", "passed", "times")
+    __slots__ = (
+        "choices",
+        "counts",
+        "dense_is_warm",
+        "fixed",
+        "generation",
+        "is_set_up",
+        "key",
+        "passed",
+        "rule_density",
+        "times",
+    )
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, rule_density: float) -> None:
         self.key = key
+        self.rule_density = rule_density
         self.forget()
 
     def forget(self) -> None:

@@ -1,0 +1,104 @@
+"""One run on three implementations: the reference, the native CPU kernels, and the Triton kernels, interpreted.
+
+GraNet from half the weights to a tenth, on real digits: the masks are the same at every update, and the losses are the
+same but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import granet
+from granet.data.named import read_digits
+from granet_kernels import plan
+from granet_kernels.cpu_backend import library
+from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
+from granet_kernels.topk import topk_mask_op
+
+pytest.importorskip("triton")
+
+STEPS, UPDATE_EVERY, BATCH = 200, 20, 32
+OPS = (linear_op, linear_dgrad_op, linear_wgrad_op, topk_mask_op)
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Nothing that is registered for a CPU."""
+    with ExitStack() as stack:
+        for op in OPS:
+            stack.enter_context(op.set_kernel_enabled("cpu", False))
+        yield
+
+
+@contextmanager
+def native() -> Iterator[None]:
+    if library.load() is None:
+        pytest.skip("no native library")
+    yield
+
+
+@contextmanager
+def triton() -> Iterator[None]:
+    """What is registered for CUDA, on tensors in CPU memory."""
+    from granet_kernels.triton_backend.linear import linear_dgrad_triton, linear_triton, linear_wgrad_triton
+    from granet_kernels.triton_backend.topk import topk_mask_triton
+
+    functions = linear_triton, linear_dgrad_triton, linear_wgrad_triton, topk_mask_triton
+    before = [op._backend_fns["cpu"] for op in OPS]
+    for op, function in zip(OPS, functions, strict=True):
+        op.register_kernel("cpu")(function)
+    try:
+        yield
+    finally:
+        for op, function in zip(OPS, before, strict=True):
+            op.register_kernel("cpu")(function)
+
+
+def train() -> tuple[list[torch.Tensor], list[float]]:
+    """The kept units after each update, and the losses."""
+    torch.manual_seed(0)
+    digits = read_digits()
+    images, labels = digits.train_images.float() / 16 - 0.5, digits.train_labels
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = granet.sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    method = granet.methods.GraNet(
+        sparsity=0.9, initial_sparsity=0.5, update_every=UPDATE_EVERY, prune_until=0.6, total_steps=STEPS
+    )
+    sparsifier = granet.Sparsifier(model, optimizer, method)
+    kept, losses = [], []
+    for step in range(1, STEPS + 1):
+        batch = torch.arange(step * BATCH, (step + 1) * BATCH) % len(images)
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if method.is_update(step):
+            kept.append(sparsifier.kept())
+    return kept, losses
+
+
+@pytest.fixture(scope="module")
+def of_reference() -> tuple[list[torch.Tensor], list[float]]:
+    with plan.use(plan.NATIVE), reference():
+        return train()
+
+
+@pytest.mark.parametrize("implementation", [native, triton])
+def test_the_same_masks_and_losses(implementation, of_reference):
+    with implementation():
+        masks, losses = train()
+    expected_masks, expected_losses = of_reference
+    assert len(masks) == len(expected_masks) == (STEPS - 1) // UPDATE_EVERY
+    assert len({int(mask.count_nonzero()) for mask in masks}) > 3
+    for number, (mask, expected) in enumerate(zip(masks, expected_masks, strict=True)):
+        assert torch.equal(mask, expected), f"update {number + 1}: {int((mask != expected).sum())} units differ"
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected_losses), rtol=1e-4, atol=1e-5)
+    assert losses[-1] < 0.5 * losses[0]
