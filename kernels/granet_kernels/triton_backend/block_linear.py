@@ -1,0 +1,162 @@
+"""granet::linear and its gradients on a CUDA device, for masks of square blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from granet_kernels.triton_backend.block_index import BlockIndex, BlockLines
+from granet_kernels.triton_backend.block_tilings import MATMUL, WGRAD, Tiling, tilings
+from granet_kernels.triton_backend.blocks import (
+    _block_matmul_kernel,
+    _block_wgrad_kernel,
+    _block_wgrad_sum_kernel,
+)
+
+_FILL = 4096  # elements that a program sets to 0 at once
+_MOST_SPLITS = 8
+_SPLIT_COST = 256  # rows of x in whose time a program begins, and ends
+_PROCESSORS = 132  # of a device that is not here
+
+
+def block_linear(
+    x: Tensor, weight: Tensor, index: BlockIndex, bias: Tensor | None, tiling: Tiling | None = None
+) -> Tensor:
+    """reference.linear_ref of a mask with this index.
+
+    Args:
+        x: (n, in), weight: (out, in), bias: (out,), all of one dtype: float32, bfloat16 or float16.
+        tiling: one of block_tilings.MATMUL or FMA; None = the default.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _matmul(x, weight, index.size, index.rows, bias, y, tiling)
+    return y
+
+
+def block_linear_dgrad(grad: Tensor, weight: Tensor, index: BlockIndex, tiling: Tiling | None = None) -> Tensor:
+    """reference.linear_dgrad_ref: a gather along the columns of blocks, so the sums have a fixed order.
+
+    Args:
+        grad: (n, out), weight: (out, in), of one dtype; tiling: as for block_linear.
+    """
+    x_grad = grad.new_empty(grad.shape[0], weight.shape[1])
+    _matmul(grad, weight.t(), index.size, index.columns, None, x_grad, tiling)
+    return x_grad
+
+
+def block_linear_wgrad(
+    grad: Tensor, x: Tensor, mask: Tensor, index: BlockIndex, tiling: Tiling | None = None
+) -> Tensor:
+    """reference.linear_wgrad_ref, in the layout of the mask.
+
+    Args:
+        grad: (n, out), x: (n, in), of one dtype; mask: (out, in) bool, of this index.
+        tiling: one of block_tilings.WGRAD or FMA; None = the default.
+    """
+    grad, x = _rows_contiguous(grad), _rows_contiguous(x)
+    n, size, across = grad.shape[0], index.size, index.rows.blocks.shape[1]
+    precision = _precision(grad)
+    tiling = tiling or tilings(WGRAD, size, grad, precision)[0]
+    width = max(tiling.rows, size)
+    groups = index.groups(width // size)
+    w_grad = grad.new_empty(mask.shape)
+    splits = _splits(groups.shape[0], n, width * size, tiling, grad.device)
+    depth = -(-n // (splits * tiling.inner)) * tiling.inner
+    target = w_grad
+    if splits > 1:
+        target = grad.new_empty(splits, groups.shape[0], size, width, dtype=torch.float32)
+    rows = index.rows.order, index.rows.counts, index.rows.blocks
+    _block_wgrad_kernel[(groups.shape[0], splits)](
+        grad,
+        x,
+        groups,
+        *rows,
+        target,
+        w_grad,
+        n,
+        depth,
+        across,
+        grad.stride(0),
+        x.stride(0),
+        w_grad.stride(0),
+        SIZE=size,
+        BLOCK_M=width,
+        BLOCK_K=tiling.inner,
+        BLOCK_FILL=max(_FILL // size, size),
+        PRECISION=precision,
+        SPLIT=splits > 1,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    if splits > 1:
+        _block_wgrad_sum_kernel[(groups.shape[0], size // 16)](
+            target,
+            groups,
+            *rows,
+            w_grad,
+            splits,
+            across,
+            w_grad.stride(0),
+            SIZE=size,
+            BLOCK_M=width,
+            BLOCK_N=16,
+        )
+    if w_grad.stride() == mask.stride():
+        return w_grad
+    return torch.empty_like(mask, dtype=grad.dtype).copy_(w_grad)
+
+
+def _matmul(
+    x: Tensor, weight: Tensor, size: int, lines: BlockLines, bias: Tensor | None, y: Tensor, tiling: Tiling | None
+) -> None:
+    """y = x weightᵀ + bias, where `lines` are those of the first dimension of the weight."""
+    x = _rows_contiguous(x)
+    precision = _precision(x)
+    tiling = tiling or tilings(MATMUL, size, x, precision)[0]
+    count, across = lines.blocks.shape
+    tiles = -(-x.shape[0] // tiling.rows)
+    if not tiles:
+        return
+    _block_matmul_kernel[(tiles * count,)](
+        x,
+        weight,
+        lines.order,
+        lines.counts,
+        lines.blocks,
+        x if bias is None else bias.contiguous(),
+        y,
+        x.shape[0],
+        count,
+        across,
+        x.stride(0),
+        y.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        SIZE=size,
+        BLOCK_N=tiling.rows,
+        BLOCK_K=tiling.inner,
+        PRECISION=precision,
+        HAS_BIAS=bias is not None,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+
+
+def _splits(groups: int, n: int, tile: int, tiling: Tiling, device: torch.device) -> int:
+    """In how many parts to cut the n rows, so that the programs fill the device for the shortest time."""
+    processors = _PROCESSORS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    at_once = processors * (2 if tile <= 2**14 else 1)  # what registers and shared memory have room for
+    choices = range(1, max(1, min(_MOST_SPLITS, n // _SPLIT_COST)) + 1)
+    return min(choices, key=lambda splits: -(-groups * splits // at_once) * (n / splits + _SPLIT_COST))
+
+
+def _rows_contiguous(values: Tensor) -> Tensor:
+    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
+
+
+def _precision(values: Tensor) -> str:
+    """What torch does with float32 in a Linear layer: IEEE, unless it has been allowed TF32."""
+    allowed = values.dtype == torch.float32 and values.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
