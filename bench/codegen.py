@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         options.error(str(error))
     os.environ["TRITON_INTERPRET"] = "0"
-    rows = [row_of(launch, chip) for suite in args.suite for launch in distinct(SUITES[suite]()) for chip in args.chip]
+    launches = [launch for suite in args.suite for launch in distinct(SUITES[suite]())]
+    rows = [row_of(each, chip) for each in launches for chip in args.chip if each.chip in (None, chip)]
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +26,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: what its compilation depends on."""
+    """One launch of a kernel: what its compilation depends on, and the one chip that it is made on, if not on all."""
 
     kernel: Any
     case: str
@@ -34,6 +34,7 @@ class Launch:
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     options: dict[str, int]
+    chip: str | None = None
 
 
 @dataclass
@@ -83,7 +84,7 @@ def distinct(launches: Iterator[Launch]) -> list[Launch]:
     """The first of those that compile to the same code."""
     found: dict[str, Launch] = {}
     for each in launches:
-        key = f"{each.kernel.__name__} {each.signature} {each.constants} {each.divisible} {each.options}"
+        key = f"{each.kernel.__name__} {each.signature} {each.constants} {each.divisible} {each.options} {each.chip}"
         found.setdefault(key, each)
     return list(found.values())
 
@@ -103,4 +104,36 @@ def selection() -> Iterator[Launch]:
     yield from recorded(topk, "unaligned, eligible", lambda: select(1000, 1, True))
 
 
-SUITES: dict[str, Callable[[], Iterator[Launch]]] = {"selection": selection}
+_CAPABILITIES = {"sm_70": (7, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
+
+
+def block_linear() -> Iterator[Launch]:
+    """Every size of blocks and both precisions, cut as each chip has it."""
+    from granet_kernels.triton_backend import block_tilings
+
+    for chip, capability in _CAPABILITIES.items():
+        with patch.object(block_tilings, "capability", lambda device, found=capability: found):
+            half = torch.bfloat16 if capability >= (8, 0) else torch.float16
+            for size in (128, 64, 32, 16):
+                yield from (replace(launch, chip=chip) for launch in _blocks(size, half))
+            yield from (replace(launch, chip=chip) for launch in _blocks(64, torch.float32))
+
+
+def _blocks(size: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """Forward and both gradients of a layer in which every other block is kept; of large ones wgrad is split."""
+    from granet_kernels.triton_backend import block_linear as launchers
+    from granet_kernels.triton_backend.block_index import block_index
+
+    width, n = 4 * size, 4096 if size == 128 else 128
+    blocks = torch.arange(4)
+    mask = ((blocks[:, None] + blocks) % 2 == 0).repeat_interleave(size, 0).repeat_interleave(size, 1)
+    index = block_index(mask)
+    assert index is not None
+    x, weight, bias = (torch.zeros(shape, dtype=dtype) for shape in ((n, width), (width, width), (width,)))
+    case = f"{size}, {str(dtype).removeprefix('torch.')}"
+    yield from recorded(launchers, f"forward {case}", lambda: launchers.block_linear(x, weight, index, bias))
+    yield from recorded(launchers, f"dgrad {case}", lambda: launchers.block_linear_dgrad(x, weight, index))
+    yield from recorded(launchers, f"wgrad {case}", lambda: launchers.block_linear_wgrad(x, x, mask, index))
+
+
+SUITES: dict[str, Callable[[], Iterator[Launch]]] = {"selection": selection, "block linear": block_linear}

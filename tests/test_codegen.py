@@ -12,6 +12,9 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.3")  # earlier ones compile by another interface
 
+SELECTION = ("_bracket_kernel", "_collect_kernel", "_refine_kernel", "_mask_kernel")
+BLOCKS = ("_block_matmul_kernel", "_block_wgrad_kernel")
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
@@ -33,7 +36,7 @@ def names(rows):
 
 def test_every_kernel_is_compiled_for_every_chip(table):
     kernels = {row["kernel"] for row in table}
-    assert kernels == {"_bracket_kernel", "_collect_kernel", "_refine_kernel", "_mask_kernel"}
+    assert kernels == {*SELECTION, *BLOCKS, "_block_wgrad_sum_kernel"}
     for kernel in kernels:
         assert {row["chip"] for row in table if row["kernel"] == kernel} == {"sm_70", "sm_80", "sm_90"}
 
@@ -53,3 +56,24 @@ def test_scores_are_streamed_in_vectors_of_16_bytes(table):
     passes = [row for row in table if row["kernel"] in ("_collect_kernel", "_mask_kernel")]
     wide = [row for row in passes if row["loads_128"] >= 2]
     assert names(wide) == names(row for row in passes if "unaligned" not in row["case"])
+
+
+def test_blocks_are_multiplied_on_tensor_cores(table):
+    """By wgmma on sm_90, and of float32, and on sm_70, by FMA."""
+    blocks = [row for row in table if row["kernel"] in BLOCKS]
+    half = [row for row in blocks if "bfloat16" in row["case"]]
+    assert {row["chip"] for row in half} == {"sm_80", "sm_90"}
+    assert names(row for row in half if row["hmma"]) == names(row for row in half if row["chip"] == "sm_80")
+    assert names(row for row in half if row["hgmma"]) == names(row for row in half if row["chip"] == "sm_90")
+    assert not names(row for row in half if row["ffma"] > 100)
+    others = [row for row in blocks if row not in half]
+    assert not names(row for row in others if row["hmma"] or row["hgmma"] or row["ffma"] < 256)
+
+
+def test_blocks_are_streamed_in_vectors_of_16_bytes(table):
+    """Both operands of each step; only of the narrowest blocks a thread has no more than 8 bytes in the one of them."""
+    blocks = [row for row in table if row["kernel"] in BLOCKS and row["chip"] != "sm_70"]
+    assert not names(row for row in blocks if row["loads_128"] < 4 * (row["stages"] - 1) or row["loads_narrow"])
+    with_narrow = [row for row in blocks if row["loads_64"]]
+    assert names(with_narrow) == names(row for row in blocks if " 16, " in row["case"])
+    assert not names(row for row in with_narrow if row["loads_64"] > row["stages"])

@@ -37,23 +37,25 @@ class BlockIndex:
         size: rows and columns of a block.
         kept: how many blocks are kept.
         rows: of the out / size rows of blocks; columns: of the in / size columns of blocks.
+        row_counts: rows.counts in no particular order, on the CPU.
     """
 
     size: int
     kept: int
     rows: BlockLines
     columns: BlockLines
+    row_counts: Tensor
     _groups: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def groups(self, width: int) -> Tensor:
         """The rows' kept blocks in groups of up to `width`: (groups,) int32, places in `rows.blocks`, flattened.
 
-        A group begins at such a place and ends before the next multiple of `width` in its row, or with the kept
-        blocks. A row without any has one empty group. There may be a few entries too many; they are -1.
+        A group begins at such a place and has `width` blocks, or what is left of the row's kept ones. A row without
+        any has one empty group.
         """
         groups = self._groups.get(width)
         if groups is None:
-            groups = self._groups[width] = _groups_of(self.rows, width, self.kept)
+            groups = self._groups[width] = _groups_of(self.rows, self.row_counts, width)
         return groups
 
 
@@ -62,25 +64,28 @@ def block_index(mask: Tensor) -> BlockIndex | None:
 
     It is kept until the mask changes. To build it waits once for the device, beside what `layout_of` does.
     """
-    layout = layout_of(mask)
-    if "blocks" not in layout.built:
-        layout.built["blocks"] = _new_index(mask, layout.nnz)
-    index: BlockIndex | None = layout.built["blocks"]
+    built = layout_of(mask).built
+    if "blocks" not in built:
+        built["blocks"] = _new_index(mask)
+    index: BlockIndex | None = built["blocks"]
     return index
 
 
-def _new_index(mask: Tensor, nnz: int) -> BlockIndex | None:
+def _new_index(mask: Tensor) -> BlockIndex | None:
     sizes = [size for size in SIZES if not (mask.shape[0] % size or mask.shape[1] % size)]
     if not sizes or not mask.numel():
         return None
-    counts = {size: None for size in sizes}
     finest = _sums(mask.view(torch.uint8), sizes[-1])
-    counts = {size: finest if size == sizes[-1] else _sums(finest, size // sizes[-1]) for size in sizes}
-    whole = [((count == 0) | (count == size * size)).all() for size, count in counts.items()]
-    for size, fits in zip(sizes, torch.stack(whole).tolist(), strict=True):
-        if fits:
-            kept = counts[size] > 0
-            return BlockIndex(size, nnz // size**2, _lines(kept), _lines(kept.t()))
+    sums = [finest if size == sizes[-1] else _sums(finest, size // sizes[-1]) for size in sizes]
+    mixed = [((each > 0) & (each < size * size)).any() for size, each in zip(sizes, sums, strict=True)]
+    row_counts = [(each > 0).sum(1, dtype=torch.int32) for each in sums]
+    # One copy to the CPU, whichever size it is.
+    answer = torch.cat([torch.stack(mixed).int(), *row_counts]).cpu()
+    counts_of_sizes = answer[len(sizes) :].split([len(counts) for counts in row_counts])
+    for size, each, counts, is_mixed in zip(sizes, sums, counts_of_sizes, answer.tolist(), strict=False):
+        if not is_mixed:
+            kept = each > 0
+            return BlockIndex(size, int(counts.sum()), _lines(kept), _lines(kept.t()), counts.clone())
     return None
 
 
@@ -91,18 +96,20 @@ def _sums(values: Tensor, size: int) -> Tensor:
 
 def _lines(kept: Tensor) -> BlockLines:
     """kept: (lines, across) bool."""
-    counts = kept.sum(1, dtype=torch.int32)
-    counts, order = torch.sort(counts, descending=True, stable=True)
+    counts, order = torch.sort(kept.sum(1, dtype=torch.int32), descending=True, stable=True)
     blocks = torch.sort(kept[order].logical_not().to(torch.uint8), dim=1, stable=True).indices
     return BlockLines(order.to(torch.int32), counts, blocks.to(torch.int32).contiguous())
 
 
-def _groups_of(lines: BlockLines, width: int, kept: int) -> Tensor:
-    count, across = lines.blocks.shape
-    in_line = (lines.counts.long() + width - 1).div_(width, rounding_mode="floor").clamp_(min=1)
+def _groups_of(lines: BlockLines, row_counts: Tensor, width: int) -> Tensor:
+    total = int(_groups_in(row_counts, width).sum())
+    in_line = _groups_in(lines.counts.long(), width)
     ends = in_line.cumsum(0)
-    most = min(count * -(-across // width), kept // width + count)
-    numbers = torch.arange(most, device=ends.device)
-    line = torch.searchsorted(ends, numbers, right=True).clamp_(max=count - 1)
-    places = line * across + (numbers - ends[line] + in_line[line]) * width
-    return torch.where(numbers < ends[-1], places, -1).to(torch.int32)
+    numbers = torch.arange(total, device=ends.device)
+    line = torch.searchsorted(ends, numbers, right=True)
+    places = line * lines.blocks.shape[1] + (numbers - ends[line] + in_line[line]) * width
+    return places.to(torch.int32)
+
+
+def _groups_in(counts: Tensor, width: int) -> Tensor:
+    return torch.div(counts + (width - 1), width, rounding_mode="floor").clamp_(min=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from granet_kernels.triton_backend.block_index import BlockIndex, BlockLines
-from granet_kernels.triton_backend.block_tilings import MATMUL, WGRAD, Tiling, tilings
+from granet_kernels.triton_backend.block_tilings import Tiling, has_tensor_cores, matmul_tilings, wgrad_tilings
 from granet_kernels.triton_backend.blocks import (
     _block_matmul_kernel,
     _block_wgrad_kernel,
@@ -15,7 +15,8 @@ from granet_kernels.triton_backend.blocks import (
 
 _FILL = 4096  # elements that a program sets to 0 at once
 _MOST_SPLITS = 8
-_SPLIT_COST = 256  # rows of x in whose time a program begins, and ends
+_SPLIT_COST = 256  # rows of x in whose time a program begins and ends; again as many, to write what is to be summed
+_SUMMED = 16  # rows of a block that a program of the sum takes
 _PROCESSORS = 132  # of a device that is not here
 
 
@@ -26,7 +27,7 @@ def block_linear(
 
     Args:
         x: (n, in), weight: (out, in), bias: (out,), all of one dtype: float32, bfloat16 or float16.
-        tiling: one of block_tilings.MATMUL or FMA; None = the default.
+        tiling: one of matmul_tilings; None = the first.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     _matmul(x, weight, index.size, index.rows, bias, y, tiling)
@@ -45,33 +46,37 @@ def block_linear_dgrad(grad: Tensor, weight: Tensor, index: BlockIndex, tiling: 
 
 
 def block_linear_wgrad(
-    grad: Tensor, x: Tensor, mask: Tensor, index: BlockIndex, tiling: Tiling | None = None
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    index: BlockIndex,
+    tiling: Tiling | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """reference.linear_wgrad_ref, in the layout of the mask.
 
     Args:
         grad: (n, out), x: (n, in), of one dtype; mask: (out, in) bool, of this index.
-        tiling: one of block_tilings.WGRAD or FMA; None = the default.
+        tiling: one of wgrad_tilings; None = the first.
+        splits: in how many parts of the rows of x to sum, each in order; None = by the device and the number of blocks.
     """
     grad, x = _rows_contiguous(grad), _rows_contiguous(x)
     n, size, across = grad.shape[0], index.size, index.rows.blocks.shape[1]
     precision = _precision(grad)
-    tiling = tiling or tilings(WGRAD, size, grad, precision)[0]
-    width = max(tiling.rows, size)
-    groups = index.groups(width // size)
-    w_grad = grad.new_empty(mask.shape)
-    splits = _splits(groups.shape[0], n, width * size, tiling, grad.device)
+    tiling = tiling or wgrad_tilings(size, grad, precision)[0]
+    groups = index.groups(tiling.rows // size)
+    splits = splits or _splits(groups.shape[0], n, tiling.rows * size, grad.device)
     depth = -(-n // (splits * tiling.inner)) * tiling.inner
-    target = w_grad
-    if splits > 1:
-        target = grad.new_empty(splits, groups.shape[0], size, width, dtype=torch.float32)
+    w_grad = grad.new_empty(mask.shape)
+    parts_shape = (splits if splits > 1 else 0, groups.shape[0], size, tiling.rows)
+    parts = grad.new_empty(parts_shape, dtype=torch.float32)
     rows = index.rows.order, index.rows.counts, index.rows.blocks
     _block_wgrad_kernel[(groups.shape[0], splits)](
         grad,
         x,
         groups,
         *rows,
-        target,
+        parts,
         w_grad,
         n,
         depth,
@@ -80,17 +85,17 @@ def block_linear_wgrad(
         x.stride(0),
         w_grad.stride(0),
         SIZE=size,
-        BLOCK_M=width,
+        BLOCK_M=tiling.rows,
         BLOCK_K=tiling.inner,
         BLOCK_FILL=max(_FILL // size, size),
         PRECISION=precision,
-        SPLIT=splits > 1,
+        WIDEN=not has_tensor_cores(x.device),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
     if splits > 1:
-        _block_wgrad_sum_kernel[(groups.shape[0], size // 16)](
-            target,
+        _block_wgrad_sum_kernel[(groups.shape[0], size // _SUMMED)](
+            parts,
             groups,
             *rows,
             w_grad,
@@ -98,8 +103,8 @@ def block_linear_wgrad(
             across,
             w_grad.stride(0),
             SIZE=size,
-            BLOCK_M=width,
-            BLOCK_N=16,
+            BLOCK_M=tiling.rows,
+            BLOCK_N=_SUMMED,
         )
     if w_grad.stride() == mask.stride():
         return w_grad
@@ -112,7 +117,7 @@ def _matmul(
     """y = x weightᵀ + bias, where `lines` are those of the first dimension of the weight."""
     x = _rows_contiguous(x)
     precision = _precision(x)
-    tiling = tiling or tilings(MATMUL, size, x, precision)[0]
+    tiling = tiling or matmul_tilings(size, x, precision)[0]
     count, across = lines.blocks.shape
     tiles = -(-x.shape[0] // tiling.rows)
     if not tiles:
@@ -136,24 +141,28 @@ def _matmul(
         BLOCK_N=tiling.rows,
         BLOCK_K=tiling.inner,
         PRECISION=precision,
+        WIDEN=not has_tensor_cores(x.device),
         HAS_BIAS=bias is not None,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
 
 
-def _splits(groups: int, n: int, tile: int, tiling: Tiling, device: torch.device) -> int:
-    """In how many parts to cut the n rows, so that the programs fill the device for the shortest time."""
+def _splits(groups: int, n: int, tile: int, device: torch.device) -> int:
+    """In how many parts to sum n rows, so that the programs fill the device for the shortest time."""
     processors = _PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     at_once = processors * (2 if tile <= 2**14 else 1)  # what registers and shared memory have room for
-    choices = range(1, max(1, min(_MOST_SPLITS, n // _SPLIT_COST)) + 1)
-    return min(choices, key=lambda splits: -(-groups * splits // at_once) * (n / splits + _SPLIT_COST))
+
+    def time(splits: int) -> float:
+        return -(-groups * splits // at_once) * (n / splits + _SPLIT_COST * (2 if splits > 1 else 1))
+
+    return min(range(1, max(1, min(_MOST_SPLITS, n // _SPLIT_COST)) + 1), key=time)
 
 
 def _rows_contiguous(values: Tensor) -> Tensor:
-    return values if values.stride(1) == 1 or values.shape[1] == 1 else values.contiguous()
+    return values if values.stride(1) == 1 else values.contiguous()
 
 
 def _precision(values: Tensor) -> str:

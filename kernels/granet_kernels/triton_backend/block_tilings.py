@@ -19,7 +19,8 @@ class Tiling:
     Attributes:
         rows: of its tile: rows of the result, or for wgrad columns of x, gathered from several kept blocks.
         inner: how much of the dimension that is summed over is multiplied at once.
-        warps, stages: Triton's num_warps and num_stages.
+        warps: Triton's num_warps.
+        stages: Triton's num_stages; in the tables of this file, how many steps' operands shared memory holds.
     """
 
     rows: int
@@ -31,35 +32,42 @@ class Tiling:
 Tilings = dict[int, tuple[Tiling, ...]]
 
 MATMUL: Tilings = {
-    128: (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 4), Tiling(256, 64, 8, 3), Tiling(128, 128, 8, 2)),
-    64: (Tiling(256, 64, 8, 3), Tiling(128, 64, 4, 4), Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 3)),
-    32: (Tiling(256, 64, 8, 3), Tiling(256, 64, 4, 3), Tiling(128, 64, 4, 4), Tiling(128, 128, 4, 3)),
-    16: (Tiling(256, 64, 8, 3), Tiling(256, 64, 4, 3), Tiling(128, 64, 4, 4), Tiling(128, 128, 4, 3)),
+    128: (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 32, 8, 4)),
+    64: (Tiling(256, 32, 8, 4), Tiling(256, 64, 8, 3), Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 4)),
+    32: (Tiling(256, 64, 8, 3), Tiling(256, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 64, 4, 3)),
+    16: (Tiling(256, 64, 8, 3), Tiling(256, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 64, 4, 3)),
 }
-"""Of forward and dgrad on tensor cores; the first is the default."""
+"""Of forward and dgrad on tensor cores; the first is the default, by which two programs fit a Hopper processor."""
 
-WGRAD: Tilings = {
-    128: (Tiling(128, 64, 8, 3), Tiling(256, 64, 8, 3), Tiling(128, 64, 8, 4), Tiling(128, 128, 8, 2)),
-    64: (Tiling(256, 64, 8, 3), Tiling(128, 64, 4, 4), Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 3)),
-    32: (Tiling(256, 64, 8, 3), Tiling(256, 64, 4, 3), Tiling(128, 64, 4, 4), Tiling(128, 128, 4, 3)),
-    16: (Tiling(256, 64, 8, 3), Tiling(256, 64, 4, 3), Tiling(128, 64, 4, 4), Tiling(128, 128, 4, 3)),
-}
+WGRAD: Tilings = MATMUL
+"""Of wgrad, whose tiles have the same shapes."""
 
 FMA: Tilings = {
-    128: (Tiling(128, 16, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 16, 8, 3)),
-    64: (Tiling(128, 16, 4, 3), Tiling(64, 16, 4, 3), Tiling(128, 32, 4, 2)),
-    32: (Tiling(128, 16, 4, 3), Tiling(128, 32, 4, 2), Tiling(256, 16, 4, 3)),
-    16: (Tiling(128, 16, 4, 3), Tiling(128, 32, 4, 2), Tiling(256, 16, 4, 3)),
+    128: (Tiling(128, 16, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 16, 8, 2)),
+    64: (Tiling(128, 16, 4, 2), Tiling(64, 16, 4, 2), Tiling(128, 32, 4, 2)),
+    32: (Tiling(256, 16, 4, 2), Tiling(128, 16, 4, 2), Tiling(128, 32, 4, 2)),
+    16: (Tiling(256, 16, 4, 2), Tiling(128, 16, 4, 2), Tiling(256, 16, 8, 2)),
 }
 """Of all kernels where tl.dot is done without tensor cores: IEEE float32, and chips below 8.0."""
 
 
-def tilings(table: Tilings, size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
-    """Those to choose from for operands like `values`, as they fit the device; the first is the default."""
-    chip = capability(values.device)
-    if chip < (8, 0) or (values.dtype == torch.float32 and precision == "ieee"):
-        table = FMA
-    return tuple(_fitting(each, size, values.element_size(), chip) for each in table[size])
+def matmul_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
+    """Those to choose from for forward and dgrad, as they fit the device; the first is the default.
+
+    Args:
+        values: an operand; precision: tl.dot's input_precision, of float32.
+    """
+    return _fitting(MATMUL, size, values, precision)
+
+
+def wgrad_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
+    """The same for wgrad, whose tiles hold whole blocks."""
+    return tuple(each for each in _fitting(WGRAD, size, values, precision) if each.rows >= size)
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies on tensor cores there; it has left those of Volta and Turing."""
+    return capability(device) >= (8, 0)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -67,9 +75,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else MODERN
 
 
-def _fitting(tiling: Tiling, size: int, itemsize: int, chip: tuple[int, int]) -> Tiling:
-    """With steps of as many bytes whatever the dtype, and no more stages than shared memory has room for."""
-    inner = max(16, tiling.inner * 2 // itemsize) if itemsize > 2 and tiling.inner > 32 else tiling.inner
-    bytes_of_stage = (tiling.rows + size) * inner * itemsize
-    room = _SHARED.get(chip, _LEAST_SHARED) * 1024 // bytes_of_stage
-    return replace(tiling, inner=inner, stages=max(1, min(tiling.stages, room)))
+def _fitting(table: Tilings, size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
+    """With steps of at most as many bytes as those of 16 bits, and as many stages as shared memory has room for."""
+    chip, itemsize = capability(values.device), values.element_size()
+    by_fma = not has_tensor_cores(values.device) or (values.dtype == torch.float32 and precision == "ieee")
+    # Hopper's tensor cores read shared memory while they multiply, so Triton has a buffer for each stage there.
+    free = 0 if chip[0] == 9 and not by_fma else 1
+    fitting = []
+    for tiling in (FMA if by_fma else table)[size]:
+        inner = tiling.inner // 2 if itemsize == 4 and not by_fma else tiling.inner
+        room = _SHARED.get(chip, _LEAST_SHARED) * 1024 // ((tiling.rows + size) * inner * itemsize)
+        fitting.append(replace(tiling, inner=inner, stages=min(tiling.stages, room) + free))
+    return tuple(fitting)

@@ -28,6 +28,7 @@ def _block_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """y[:, line] = sum over the kept blocks of a line of x[:, block] @ block, (+ bias): one program BLOCK_N rows of y.
@@ -46,7 +47,7 @@ def _block_matmul_kernel(
     line = tl.load(order + position)
     count = tl.load(counts + position)
     blocks += position * across
-    found = _blocks_of(blocks, 0, count, SIZE, BLOCK_K)
+    found = _blocks_of(blocks, 0, across, SIZE, BLOCK_K)
     rows = tl.arange(0, BLOCK_N)
     left = tl.minimum(n - first, BLOCK_N).to(tl.int32)
     # Rows beyond the last are that one once more: no load needs a mask, and they are not stored.
@@ -65,12 +66,22 @@ def _block_matmul_kernel(
         else:
             values = tl.load(x_places)
             weights = tl.load(w_places)
-        found = _blocks_of(blocks, step + 1, count, SIZE, BLOCK_K)
-        total = tl.dot(values, weights, total, input_precision=PRECISION)
+        found = _blocks_of(blocks, step + 1, across, SIZE, BLOCK_K)
+        total = _dot(values, weights, total, PRECISION, WIDEN)
     if HAS_BIAS:
         total += tl.load(bias + own)[None, :].to(tl.float32)
     places = y + first * y_stride + rows.to(tl.int64)[:, None] * y_stride + own[None, :]
     tl.store(places, total.to(y.dtype.element_ty), mask=rows[:, None] < left)
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """total + a b. WIDEN: multiply in float32. Without tensor cores whole operands of half precision are converted in
+    registers, of which there are too few."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -80,14 +91,14 @@ def _slots_of(step, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _blocks_of(blocks, step, count, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The block that a step reads, or of each of its places, if blocks are smaller. One step ahead of its use, so that
-    no load waits for this one."""
+def _blocks_of(blocks, step, across, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The block that a step reads, or of each of its places, if blocks are smaller. One step ahead of its use, and
+    without regard to the line's count, so that no load waits for another."""
     if SIZE < BLOCK_K:
         slots = _slots_of(step, SIZE, BLOCK_K)
     else:
         slots = step // (SIZE // BLOCK_K)
-    return tl.load(blocks + slots, mask=slots < count, other=0)
+    return tl.load(blocks + slots, mask=slots < across, other=0)
 
 
 @triton.jit
@@ -96,8 +107,7 @@ def _places_of(found, step, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
     inner = tl.arange(0, BLOCK_K)
     if SIZE < BLOCK_K:
         return tl.max_contiguous(tl.multiple_of(found * SIZE + inner % SIZE, SIZE), SIZE)
-    else:
-        return found * SIZE + step % (SIZE // BLOCK_K) * BLOCK_K + inner
+    return found * SIZE + step % (SIZE // BLOCK_K) * BLOCK_K + inner
 
 
 @triton.jit
@@ -108,7 +118,7 @@ def _block_wgrad_kernel(
     order,
     counts,
     blocks,
-    target,
+    parts,
     w_grad,
     n,
     depth,
@@ -121,60 +131,60 @@ def _block_wgrad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_FILL: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
-    """w_grad = gradᵀ x at a group of kept blocks of a row, BLOCK_M columns of x, over `depth` of the rows of x and grad.
+    """w_grad = gradᵀ x at a group of kept blocks of a row, BLOCK_M columns of x, summed over `depth` rows of x.
 
-    Of the blocks that are not kept each program sets its share of its row to 0, while its first loads are under way.
+    Of the blocks that are not kept each program first sets its share of its row to 0.
 
     Args:
         grad: (n, out), x: (n, in), w_grad: (out, in), rows grad_stride, x_stride and w_stride apart and contiguous.
         groups: as BlockIndex.groups(BLOCK_M // SIZE); order, counts, blocks: BlockIndex.rows.
-        target: w_grad, or if SPLIT (splits, groups, SIZE, BLOCK_M) float32, for _block_wgrad_sum_kernel.
+        parts: (splits, groups, SIZE, BLOCK_M) float32, for _block_wgrad_sum_kernel, if there are several splits.
     """
     place = tl.load(groups + tl.program_id(0))
-    if place >= 0:
-        WIDTH: tl.constexpr = BLOCK_M // SIZE
-        position = place // across
-        start = place % across
-        count = tl.load(counts + position)
-        row = tl.load(order + position)
-        columns, kept = _columns_of(blocks + position * across, start, count, SIZE, BLOCK_M)
-        own = tl.arange(0, SIZE)
+    position = place // across
+    start = place % across
+    count = tl.load(counts + position)
+    row = tl.load(order + position)
+    blocks += position * across
+    own = row * SIZE + tl.arange(0, SIZE)
+    w_rows = w_grad + own.to(tl.int64)[None, :] * w_stride
+    splits = tl.num_programs(1)
+    shares = tl.maximum(tl.cdiv(count, BLOCK_M // SIZE), 1) * splits
+    share = start // (BLOCK_M // SIZE) * splits + tl.program_id(1)
+    _fill(w_rows, blocks, count, across, share, shares, SIZE, BLOCK_FILL)
+    if start < count:
+        columns, kept = _columns_of(blocks, start, count, across, SIZE, BLOCK_M)
         inner = tl.arange(0, BLOCK_K)
         begin = tl.program_id(1) * depth
         end = tl.minimum(begin + depth, n)
-        rows = begin + inner
-        grads = grad + rows.to(tl.int64)[:, None] * grad_stride + (row * SIZE + own)[None, :]
-        values = x + rows.to(tl.int64)[None, :] * x_stride + columns[:, None]
-        w_rows = w_grad + (row * SIZE + own).to(tl.int64)[None, :] * w_stride
-        shares = tl.maximum(tl.cdiv(count, WIDTH), 1) * tl.num_programs(1)
-        share = start // WIDTH * tl.num_programs(1) + tl.program_id(1)
-        _fill(w_rows, blocks + position * across, count, across, share, shares, SIZE, BLOCK_FILL)
-        if start < count:
-            total = tl.zeros((BLOCK_M, SIZE), tl.float32)
-            for first in range(begin, end, BLOCK_K):
-                inside = first + inner < end
-                left = tl.load(values, mask=kept[:, None] & inside[None, :], other=0.0)
-                right = tl.load(grads, mask=inside[:, None], other=0.0)
-                total = tl.dot(left, right, total, input_precision=PRECISION)
-                grads += BLOCK_K * grad_stride
-                values += BLOCK_K * x_stride
-            if SPLIT:
-                tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-                offsets = own[None, :] * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-                tl.store(target + tile * (SIZE * BLOCK_M) + offsets, total)
-            else:
-                tl.store(w_rows + columns[:, None], total.to(w_grad.dtype.element_ty), mask=kept[:, None])
+        rows = (begin + inner).to(tl.int64)
+        grads = grad + rows[:, None] * grad_stride + own[None, :]
+        values = x + rows[None, :] * x_stride + columns[:, None]
+        total = tl.zeros((BLOCK_M, SIZE), tl.float32)
+        for first in range(begin, end, BLOCK_K):
+            inside = first + inner < end
+            left = tl.load(values, mask=kept[:, None] & inside[None, :], other=0.0)
+            right = tl.load(grads, mask=inside[:, None], other=0.0)
+            total = _dot(left, right, total, PRECISION, WIDEN)
+            grads += BLOCK_K * grad_stride
+            values += BLOCK_K * x_stride
+        if splits > 1:
+            tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            offsets = tl.arange(0, SIZE)[None, :] * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+            tl.store(parts + tile * (SIZE * BLOCK_M) + offsets, total)
+        else:
+            tl.store(w_rows + columns[:, None], total.to(w_grad.dtype.element_ty), mask=kept[:, None])
 
 
 @triton.jit
-def _columns_of(blocks, start, count, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """The columns of WIDTH / SIZE blocks of a row from number `start` on, (WIDTH,) int32, and which are below count."""
+def _columns_of(blocks, start, end, across, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns of WIDTH / SIZE blocks of a row, those from number `start` on, and which are before number `end`."""
     numbers = tl.arange(0, WIDTH)
     slots = start + numbers // SIZE
-    found = tl.load(blocks + slots, mask=slots < count, other=0)
-    return tl.max_contiguous(tl.multiple_of(found * SIZE + numbers % SIZE, SIZE), SIZE), slots < count
+    found = tl.load(blocks + slots, mask=slots < across, other=0)
+    return tl.max_contiguous(tl.multiple_of(found * SIZE + numbers % SIZE, SIZE), SIZE), slots < end
 
 
 @triton.jit
@@ -185,7 +195,7 @@ def _fill(w_rows, blocks, count, across, share, shares, SIZE: tl.constexpr, WIDT
     end = tl.minimum(begin + each, across)
     zeros = tl.zeros((WIDTH, SIZE), w_rows.dtype.element_ty)
     for start in range(begin, end, WIDTH // SIZE):
-        columns, inside = _columns_of(blocks, start, end, SIZE, WIDTH)
+        columns, inside = _columns_of(blocks, start, end, across, SIZE, WIDTH)
         tl.store(w_rows + columns[:, None], zeros, mask=inside[:, None])
 
 
@@ -206,17 +216,15 @@ def _block_wgrad_sum_kernel(
 ):
     """w_grad at a group of kept blocks is the sum of the `splits` tiles of its programs, BLOCK_N rows at a time."""
     place = tl.load(groups + tl.program_id(0))
-    if place >= 0:
-        position = place // across
-        columns, kept = _columns_of(
-            blocks + position * across, place % across, tl.load(counts + position), SIZE, BLOCK_M
-        )
-        own = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        offsets = own[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tiles = parts + tl.program_id(0).to(tl.int64) * (SIZE * BLOCK_M) + offsets
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for _ in range(splits):
-            total += tl.load(tiles, mask=kept[None, :], other=0.0)
-            tiles += tl.num_programs(0).to(tl.int64) * (SIZE * BLOCK_M)
-        rows = (tl.load(order + position) * SIZE + own).to(tl.int64)
-        tl.store(w_grad + rows[:, None] * w_stride + columns[None, :], total.to(w_grad.dtype.element_ty), kept[None, :])
+    position = place // across
+    count = tl.load(counts + position)
+    columns, kept = _columns_of(blocks + position * across, place % across, count, across, SIZE, BLOCK_M)
+    own = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = own[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    tiles = parts + tl.program_id(0).to(tl.int64) * (SIZE * BLOCK_M) + offsets
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in range(splits):
+        total += tl.load(tiles, mask=kept[None, :], other=0.0)
+        tiles += tl.num_programs(0).to(tl.int64) * (SIZE * BLOCK_M)
+    rows = (tl.load(order + position) * SIZE + own).to(tl.int64)
+    tl.store(w_grad + rows[:, None] * w_stride + columns[None, :], total.to(w_grad.dtype.element_ty), kept[None, :])
