@@ -120,12 +120,12 @@ def block_linear() -> Iterator[Launch]:
 
 
 def _blocks(size: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Forward and both gradients of a layer in which every other block is kept; of large ones wgrad is split."""
+    """Forward and both gradients of a layer in which every other block is kept; of large blocks wgrad is split."""
     from granet_kernels.triton_backend import block_linear as launchers
     from granet_kernels.triton_backend.block_index import block_index
 
-    width, n = 4 * size, 4096 if size == 128 else 128
-    blocks = torch.arange(4)
+    blocks, n = torch.arange(4 if size == 128 else 32), 16384
+    width = len(blocks) * size
     mask = ((blocks[:, None] + blocks) % 2 == 0).repeat_interleave(size, 0).repeat_interleave(size, 1)
     index = block_index(mask)
     assert index is not None

@@ -15,7 +15,7 @@ import triton.language as tl
 from granet_kernels.triton_backend import block_linear as launchers
 from granet_kernels.triton_backend.block_index import SIZES, block_index
 from granet_kernels.triton_backend.block_linear import block_linear, block_linear_dgrad, block_linear_wgrad
-from granet_kernels.triton_backend.block_tilings import capability, matmul_tilings, wgrad_tilings
+from granet_kernels.triton_backend.block_tilings import capability, enough, matmul_tilings, wgrad_tilings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -143,6 +143,13 @@ def test_tilings_fit_shared_memory(chip, monkeypatch):
                 steps = tiling.stages if has_buffer_for_each else tiling.stages - 1
                 assert steps >= 1
                 assert steps * (tiling.rows + size) * tiling.inner * values.element_size() <= kib * 1024
+
+
+def test_small_layers_get_small_tiles():
+    device, choices = torch.device("cpu"), matmul_tilings(64, torch.empty(0, dtype=torch.bfloat16), "ieee")
+    assert enough(choices, lambda _: 1000, device) == choices[0]
+    assert enough(choices, lambda tiling: 200 if tiling is choices[1] else 1, device) == choices[1]
+    assert enough(choices, lambda _: 1, device).rows == min(each.rows for each in choices) < choices[0].rows
 
 
 def test_a_device_that_is_not_here_is_a_modern_one():

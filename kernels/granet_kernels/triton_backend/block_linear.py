@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from granet_kernels.triton_backend.block_index import BlockIndex, BlockLines
-from granet_kernels.triton_backend.block_tilings import Tiling, has_tensor_cores, matmul_tilings, wgrad_tilings
+from granet_kernels.triton_backend.block_tilings import (
+    Tiling,
+    enough,
+    has_tensor_cores,
+    matmul_tilings,
+    processors,
+    wgrad_tilings,
+)
 from granet_kernels.triton_backend.blocks import (
     _block_matmul_kernel,
     _block_wgrad_kernel,
@@ -17,7 +25,6 @@ _FILL = 4096  # elements that a program sets to 0 at once
 _MOST_SPLITS = 8
 _SPLIT_COST = 256  # rows of x in whose time a program begins and ends; again as many, to write what is to be summed
 _SUMMED = 16  # rows of a block that a program of the sum takes
-_PROCESSORS = 132  # of a device that is not here
 
 
 def block_linear(
@@ -27,7 +34,7 @@ def block_linear(
 
     Args:
         x: (n, in), weight: (out, in), bias: (out,), all of one dtype: float32, bfloat16 or float16.
-        tiling: one of matmul_tilings; None = the first.
+        tiling: one of matmul_tilings; None = by the device and the number of programs.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     _matmul(x, weight, index.size, index.rows, bias, y, tiling)
@@ -57,16 +64,19 @@ def block_linear_wgrad(
 
     Args:
         grad: (n, out), x: (n, in), of one dtype; mask: (out, in) bool, of this index.
-        tiling: one of wgrad_tilings; None = the first.
+        tiling: one of wgrad_tilings; None = by the device and the number of programs.
         splits: in how many parts of the rows of x to sum, each in order; None = by the device and the number of blocks.
     """
     grad, x = _rows_contiguous(grad), _rows_contiguous(x)
     n, size, across = grad.shape[0], index.size, index.rows.blocks.shape[1]
     precision = _precision(grad)
-    tiling = tiling or wgrad_tilings(size, grad, precision)[0]
+    if tiling is None:
+        # A row has one group or more; how many does not count, so that a change of the mask compiles nothing anew.
+        most = len(index.row_counts) * _most_splits(n)
+        tiling = enough(wgrad_tilings(size, grad, precision), lambda _: most, grad.device)
     groups = index.groups(tiling.rows // size)
     splits = splits or _splits(groups.shape[0], n, tiling.rows * size, grad.device)
-    depth = -(-n // (splits * tiling.inner)) * tiling.inner
+    depth = triton.cdiv(n, splits * tiling.inner) * tiling.inner
     w_grad = grad.new_empty(mask.shape)
     parts_shape = (splits if splits > 1 else 0, groups.shape[0], size, tiling.rows)
     parts = grad.new_empty(parts_shape, dtype=torch.float32)
@@ -117,12 +127,12 @@ def _matmul(
     """y = x weightᵀ + bias, where `lines` are those of the first dimension of the weight."""
     x = _rows_contiguous(x)
     precision = _precision(x)
-    tiling = tiling or matmul_tilings(size, x, precision)[0]
-    count, across = lines.blocks.shape
-    tiles = -(-x.shape[0] // tiling.rows)
-    if not tiles:
+    n, (count, across) = x.shape[0], lines.blocks.shape
+    if not n:
         return
-    _block_matmul_kernel[(tiles * count,)](
+    if tiling is None:
+        tiling = enough(matmul_tilings(size, x, precision), lambda each: triton.cdiv(n, each.rows) * count, x.device)
+    _block_matmul_kernel[(triton.cdiv(n, tiling.rows) * count,)](
         x,
         weight,
         lines.order,
@@ -130,7 +140,7 @@ def _matmul(
         lines.blocks,
         x if bias is None else bias.contiguous(),
         y,
-        x.shape[0],
+        n,
         count,
         across,
         x.stride(0),
@@ -150,15 +160,16 @@ def _matmul(
 
 def _splits(groups: int, n: int, tile: int, device: torch.device) -> int:
     """In how many parts to sum n rows, so that the programs fill the device for the shortest time."""
-    processors = _PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    at_once = processors * (2 if tile <= 2**14 else 1)  # what registers and shared memory have room for
+    at_once = processors(device) * (2 if tile <= 2**14 else 1)  # what registers and shared memory have room for
 
     def time(splits: int) -> float:
-        return -(-groups * splits // at_once) * (n / splits + _SPLIT_COST * (2 if splits > 1 else 1))
+        return triton.cdiv(groups * splits, at_once) * (n / splits + _SPLIT_COST * (2 if splits > 1 else 1))
 
-    return min(range(1, max(1, min(_MOST_SPLITS, n // _SPLIT_COST)) + 1), key=time)
+    return min(range(1, _most_splits(n) + 1), key=time)
+
+
+def _most_splits(n: int) -> int:
+    return max(1, min(_MOST_SPLITS, n // _SPLIT_COST))
 
 
 def _rows_contiguous(values: Tensor) -> Tensor:

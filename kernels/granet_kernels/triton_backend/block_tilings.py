@@ -1,15 +1,19 @@
-"""How the block-sparse kernels cut their work: by kernel, by size of the blocks, and by what multiplies on a device."""
+"""How the block-sparse kernels cut their work: by the size of the blocks, and by what multiplies on a device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+# KiB that a program may have, by capability.
 _SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _LEAST_SHARED = 99
 MODERN = (9, 0)
+_MODERN_PROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -31,38 +35,41 @@ class Tiling:
 
 Tilings = dict[int, tuple[Tiling, ...]]
 
-MATMUL: Tilings = {
+TENSOR_CORES: Tilings = {
     128: (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 32, 8, 4)),
     64: (Tiling(256, 32, 8, 4), Tiling(256, 64, 8, 3), Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 4)),
     32: (Tiling(256, 64, 8, 3), Tiling(256, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 64, 4, 3)),
     16: (Tiling(256, 64, 8, 3), Tiling(256, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 64, 4, 3)),
 }
-"""Of forward and dgrad on tensor cores; the first is the default, by which two programs fit a Hopper processor."""
-
-WGRAD: Tilings = MATMUL
-"""Of wgrad, whose tiles have the same shapes."""
+"""The first is the default, of which two programs fit a processor of Hopper."""
 
 FMA: Tilings = {
     128: (Tiling(128, 16, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 16, 8, 2)),
-    64: (Tiling(128, 16, 4, 2), Tiling(64, 16, 4, 2), Tiling(128, 32, 4, 2)),
+    64: (Tiling(128, 16, 4, 2), Tiling(64, 32, 4, 2), Tiling(128, 32, 4, 2)),
     32: (Tiling(256, 16, 4, 2), Tiling(128, 16, 4, 2), Tiling(128, 32, 4, 2)),
-    16: (Tiling(256, 16, 4, 2), Tiling(128, 16, 4, 2), Tiling(256, 16, 8, 2)),
+    16: (Tiling(256, 16, 4, 2), Tiling(128, 32, 4, 2), Tiling(256, 16, 8, 2)),
 }
-"""Of all kernels where tl.dot is done without tensor cores: IEEE float32, and chips below 8.0."""
+"""Without tensor cores: IEEE float32, and chips below 8.0."""
 
 
 def matmul_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
-    """Those to choose from for forward and dgrad, as they fit the device; the first is the default.
+    """Those to choose from for forward and dgrad, as they fit the device; the first is the best for large layers.
 
     Args:
         values: an operand; precision: tl.dot's input_precision, of float32.
     """
-    return _fitting(MATMUL, size, values, precision)
+    return _fitting(size, values.dtype, precision, capability(values.device))
 
 
 def wgrad_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
     """The same for wgrad, whose tiles hold whole blocks."""
-    return tuple(each for each in _fitting(WGRAD, size, values, precision) if each.rows >= size)
+    return tuple(each for each in matmul_tilings(size, values, precision) if each.rows >= size)
+
+
+def enough(choices: Sequence[Tiling], programs: Callable[[Tiling], int], device: torch.device) -> Tiling:
+    """The first tiling by which there are programs for all of the device's processors, or the one with most."""
+    wanted = processors(device)
+    return next((each for each in choices if programs(each) >= wanted), min(choices, key=lambda each: each.rows))
 
 
 def has_tensor_cores(device: torch.device) -> bool:
@@ -75,15 +82,22 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else MODERN
 
 
-def _fitting(table: Tilings, size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
+def processors(device: torch.device) -> int:
+    """How many the device has; MODERN's for the CPU."""
+    if device.type != "cuda":
+        return _MODERN_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _fitting(size: int, dtype: torch.dtype, precision: str, chip: tuple[int, int]) -> tuple[Tiling, ...]:
     """With steps of at most as many bytes as those of 16 bits, and as many stages as shared memory has room for."""
-    chip, itemsize = capability(values.device), values.element_size()
-    by_fma = not has_tensor_cores(values.device) or (values.dtype == torch.float32 and precision == "ieee")
+    by_fma = chip < (8, 0) or (dtype == torch.float32 and precision == "ieee")
     # Hopper's tensor cores read shared memory while they multiply, so Triton has a buffer for each stage there.
     free = 0 if chip[0] == 9 and not by_fma else 1
     fitting = []
-    for tiling in (FMA if by_fma else table)[size]:
-        inner = tiling.inner // 2 if itemsize == 4 and not by_fma else tiling.inner
-        room = _SHARED.get(chip, _LEAST_SHARED) * 1024 // ((tiling.rows + size) * inner * itemsize)
+    for tiling in (FMA if by_fma else TENSOR_CORES)[size]:
+        inner = tiling.inner // 2 if dtype.itemsize == 4 and not by_fma else tiling.inner
+        room = _SHARED.get(chip, _LEAST_SHARED) * 1024 // ((tiling.rows + size) * inner * dtype.itemsize)
         fitting.append(replace(tiling, inner=inner, stages=min(tiling.stages, room) + free))
     return tuple(fitting)
