@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,21 @@ BLOCKS = ("_block_matmul_kernel", "_block_wgrad_kernel")
 def table(tmp_path_factory):
     """Compiled in a process of its own: in this one Triton may be interpreting."""
     path = tmp_path_factory.mktemp("codegen") / "codegen.csv"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(path.parent / "cache")}
-    command = [sys.executable, "-m", "bench.codegen", "--csv", str(path)]
-    subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True, stdout=subprocess.DEVNULL)
+    run("-m", "bench.codegen", "--csv", str(path), TRITON_CACHE_DIR=str(path.parent / "cache"))
     with path.open() as file:
         return [
             {name: int(value) if value.isdecimal() else value for name, value in row.items()}
             for row in csv.DictReader(file)
         ]
+
+
+def run(*arguments, **environment):
+    """The output of Python in a process in which Triton does not interpret."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def names(rows):
@@ -77,3 +85,31 @@ def test_blocks_are_streamed_in_vectors_of_16_bytes(table):
     with_narrow = [row for row in blocks if row["loads_64"]]
     assert names(with_narrow) == names(row for row in blocks if " 16, " in row["case"])
     assert not names(row for row in with_narrow if row["loads_64"] > row["stages"])
+
+
+LAUNCHES = """
+import torch
+from bench.codegen_cases import distinct, recorded
+from granet_kernels.triton_backend import block_linear as launchers
+from granet_kernels.triton_backend.block_index import block_index
+
+def launches():
+    few = torch.eye(64, dtype=torch.bool)
+    for blocks in (few, ~few):
+        mask = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)
+        x, index = torch.zeros(1024, 1024), block_index(mask)
+        yield from recorded(launchers, "", lambda: launchers.block_linear(x, x, index, None))
+        yield from recorded(launchers, "", lambda: launchers.block_linear_wgrad(x, x, mask, index))
+
+found = list(launches())
+print(*(each.kernel.__name__ for each in found))
+print(*(each.kernel.__name__ for each in distinct(found)))
+"""
+
+
+def test_a_change_of_the_mask_compiles_nothing_anew():
+    """Of few blocks wgrad is summed in parts, of many at once, by the same kernel."""
+    launched, compiled = (Counter(line.split()) for line in run("-c", LAUNCHES).splitlines())
+    assert launched == {"_block_matmul_kernel": 2, "_block_wgrad_kernel": 2, "_block_wgrad_sum_kernel": 1}
+    assert set(compiled) == set(launched)
+    assert set(compiled.values()) == {1}
