@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.error(str(error))
     os.environ["TRITON_INTERPRET"] = "0"
     launches = [launch for suite in args.suite for launch in distinct(SUITES[suite]())]
-    rows = [row_of(each, chip) for each in launches for chip in args.chip if each.chip in (None, chip)]
+    rows = [row_of(launch, chip) for launch in launches for chip in args.chip if chip in launch.chips]
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
 }
+CHIPS = ("sm_70", "sm_80", "sm_90")
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -34,7 +36,7 @@ class Launch:
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     options: dict[str, int]
-    chip: str | None = None
+    chips: tuple[str, ...] = CHIPS
 
 
 @dataclass
@@ -52,27 +54,38 @@ class _Recorder:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         is_constant = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
+        as_it_comes = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         signature, constants, divisible = {}, {}, []
         for name in self.kernel.arg_names:
             value = given[name]
-            if is_constant[name] or value is None or (isinstance(value, int) and value == 1):
+            if (
+                is_constant[name]
+                or value is None
+                or (isinstance(value, int) and value == 1 and name not in as_it_comes)
+            ):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = _TYPES[value.dtype]
                 divisible += [name] * (value.data_ptr() % 16 == 0)
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                divisible += [name] * (value % 16 == 0)
+                divisible += [name] * (value % 16 == 0 and name not in as_it_comes)
         self.launches.append(Launch(self.kernel, self.case, signature, constants, tuple(divisible), options))
 
 
 def recorded(module: ModuleType, case: str, run: Callable[[], object]) -> list[Launch]:
     """The launches of the kernels that `run` finds in `module`."""
+    return recorded_in([module], case, run)
+
+
+def recorded_in(modules: Sequence[ModuleType], case: str, run: Callable[[], object]) -> list[Launch]:
+    """The launches of the kernels that `run` finds in several modules."""
     from triton.runtime.jit import JITFunction
 
     with ExitStack() as stack:
         recorders = [
             stack.enter_context(patch.object(module, name, _Recorder(value, case)))
+            for module in modules
             for name, value in vars(module).items()
             if isinstance(value, JITFunction)
         ]
@@ -84,7 +97,7 @@ def distinct(launches: Iterator[Launch]) -> list[Launch]:
     """The first of those that compile to the same code."""
     found: dict[str, Launch] = {}
     for each in launches:
-        key = f"{each.kernel.__name__} {each.signature} {each.constants} {each.divisible} {each.options} {each.chip}"
+        key = f"{each.kernel.__name__} {each.signature} {each.constants} {each.divisible} {each.options} {each.chips}"
         found.setdefault(key, each)
     return list(found.values())
 
@@ -115,8 +128,8 @@ def block_linear() -> Iterator[Launch]:
         with patch.object(block_tilings, "capability", lambda device, found=capability: found):
             half = torch.bfloat16 if capability >= (8, 0) else torch.float16
             for size in (128, 64, 32, 16):
-                yield from (replace(launch, chip=chip) for launch in _blocks(size, half))
-            yield from (replace(launch, chip=chip) for launch in _blocks(64, torch.float32))
+                yield from (replace(launch, chips=(chip,)) for launch in _blocks(size, half))
+            yield from (replace(launch, chips=(chip,)) for launch in _blocks(64, torch.float32))
 
 
 def _blocks(size: int, dtype: torch.dtype) -> Iterator[Launch]:
@@ -136,4 +149,38 @@ def _blocks(size: int, dtype: torch.dtype) -> Iterator[Launch]:
     yield from recorded(launchers, f"wgrad {case}", lambda: launchers.block_linear_wgrad(x, x, mask, index))
 
 
-SUITES: dict[str, Callable[[], Iterator[Launch]]] = {"selection": selection, "block linear": block_linear}
+def csr_linear() -> Iterator[Launch]:
+    """A linear layer with an unstructured mask, on each chip with the tilings that it is given there.
+
+    Each case runs with two masks of different density: if it appears twice, a change of the mask compiles anew.
+    """
+    from granet_kernels.triton_backend import csr_index, panels, sampled_wgrad, tilings
+    from granet_kernels.triton_backend import csr_linear as launchers
+
+    def run(n: int, size: int, dtype: torch.dtype) -> None:
+        for kept in (1 / 64, 1 / 3):
+            mask = torch.zeros(size, size, dtype=torch.bool)
+            mask.view(-1)[: int(kept * mask.numel())] = True
+            x, weight = torch.zeros(n, size, dtype=dtype), torch.zeros(size, size, dtype=dtype)
+            index = csr_index.csr_index(mask, 256 if size >= 1024 else None)
+            launchers.csr_linear(x, weight, index, weight[0])
+            launchers.csr_linear_dgrad(x, weight, index)
+            launchers.csr_linear_wgrad(x, x, mask, index)
+            sampled_wgrad.sampled_linear_wgrad(x, x, mask)
+
+    modules = (csr_index, panels, launchers, sampled_wgrad)
+    for dtype, size in ((torch.float32, 1024), (torch.bfloat16, 1024), (torch.float16, 63)):
+        name = f"{str(dtype).removeprefix('torch.')}, {'even' if size % 16 == 0 else 'odd'}"
+        for capability, chip in zip((7, 8, 9), CHIPS, strict=True):
+            with ExitStack() as stack:
+                for user in (launchers, sampled_wgrad):
+                    stack.enter_context(patch.object(user, tilings.capability_of.__name__, return_value=capability))
+                found = recorded_in(modules, name, partial(run, size, size, dtype))
+            yield from (replace(launch, chips=(chip,)) for launch in found)
+
+
+SUITES: dict[str, Callable[[], Iterator[Launch]]] = {
+    "selection": selection,
+    "block linear": block_linear,
+    "csr linear": csr_linear,
+}

@@ -15,6 +15,9 @@ pytest.importorskip("triton", minversion="3.3")  # earlier ones compile by anoth
 
 SELECTION = ("_bracket_kernel", "_collect_kernel", "_refine_kernel", "_mask_kernel")
 BLOCKS = ("_block_matmul_kernel", "_block_wgrad_kernel")
+GATHERS = {"_product_kernel", "_sampled_kernel"}
+COPIES = {"_fill_kernel", "_pack_kernel", "_scatter_kernel", "_to_panels_kernel", "_from_panels_kernel"}
+DENSE = {"_sampled_tile_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def names(rows):
 
 def test_every_kernel_is_compiled_for_every_chip(table):
     kernels = {row["kernel"] for row in table}
-    assert kernels == {*SELECTION, *BLOCKS, "_block_wgrad_sum_kernel"}
+    assert kernels == {*SELECTION, *BLOCKS, "_block_wgrad_sum_kernel", *GATHERS, *COPIES, *DENSE}
     for kernel in kernels:
         assert {row["chip"] for row in table if row["kernel"] == kernel} == {"sm_70", "sm_80", "sm_90"}
 
@@ -113,3 +116,33 @@ def test_a_change_of_the_mask_compiles_nothing_anew():
     assert launched == {"_block_matmul_kernel": 2, "_block_wgrad_kernel": 2, "_block_wgrad_sum_kernel": 1}
     assert set(compiled) == set(launched)
     assert set(compiled.values()) == {1}
+
+
+def test_rows_are_gathered_in_loads_of_16_bytes_without_shared_memory(table):
+    """A product has no other way for its operands; a weight gradient passes its sums through shared memory."""
+    gathers = [row for row in table if row["kernel"] in GATHERS]
+    assert not names(row for row in gathers if row["loads_128"] < 4)
+    assert not names(row for row in gathers if row["shared_bytes"] > 4 * 256 * (row["kernel"] == "_sampled_kernel"))
+    assert not names(row for row in gathers if row["registers"] > 64)  # or fewer programs would be resident
+
+
+def test_panels_are_copied_in_vectors_of_16_bytes(table):
+    copies = [row for row in table if row["kernel"] in ("_to_panels_kernel", "_from_panels_kernel")]
+    wide = [row for row in copies if row["loads_128"] >= 4 and row["stores_128"] >= 4]
+    assert names(wide) == names(row for row in copies if "even" in row["case"])
+
+
+def test_dense_tiles_run_on_tensor_cores(table):
+    half = [row for row in table if row["kernel"] in DENSE and "bfloat16" in row["case"]]
+    assert {(row["chip"], row["hmma"] > 0, row["hgmma"] > 0) for row in half} == {
+        ("sm_70", False, False),
+        ("sm_80", True, False),
+        ("sm_90", False, True),
+    }
+
+
+def test_a_change_of_the_mask_compiles_nothing(table):
+    """Every case runs with two masks: only what differs by direction may appear twice."""
+    kernels = [(row["kernel"], row["case"], row["chip"]) for row in table if row["kernel"] in GATHERS | COPIES | DENSE]
+    twice = {"_product_kernel", "_pack_kernel", "_to_panels_kernel"}
+    assert not [each for each in set(kernels) if kernels.count(each) > (2 if each[0] in twice else 1)]
