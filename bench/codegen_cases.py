@@ -171,7 +171,7 @@ def csr_linear() -> Iterator[Launch]:
     modules = (csr_index, panels, launchers, sampled_wgrad)
     for dtype, size in ((torch.float32, 1024), (torch.bfloat16, 1024), (torch.float16, 63)):
         name = f"{str(dtype).removeprefix('torch.')}, {'even' if size % 16 == 0 else 'odd'}"
-        for capability, chip in zip((7, 8, 9), CHIPS, strict=True):
+        for capability, chip in [(7, "sm_70"), (8, "sm_80"), (9, "sm_90")][0 if size % 16 == 0 else 2 :]:
             with ExitStack() as stack:
                 for user in (launchers, sampled_wgrad):
                     stack.enter_context(patch.object(user, tilings.capability_of.__name__, return_value=capability))

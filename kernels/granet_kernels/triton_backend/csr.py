@@ -85,13 +85,16 @@ def _product_kernel(
             first = later
             second = next_later
     else:
-        for _ in range(steps):
+        for _ in range(0, steps, 2):
             row = _gathered(x, words, first, PANEL, PART)
-            pairs += LINES
-            later = tl.load(pairs)
+            second = tl.load(pairs + LINES)
             tl.debug_barrier()
             low, high = _add_product(low, high, row, first, KIND)
-            first = later
+            row = _gathered(x, words, second, PANEL, PART)
+            pairs += 2 * LINES
+            first = tl.load(pairs)
+            tl.debug_barrier()
+            low, high = _add_product(low, high, row, second, KIND)
     number = tl.load(order + group * LINES + line)
     inside = number < y_rows
     if BIAS:
