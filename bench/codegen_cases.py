@@ -13,6 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from granet_kernels.triton_backend import chip
+
 _TYPES = {
     torch.bool: "*i1",
     torch.uint8: "*u8",
@@ -28,7 +30,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: what its compilation depends on, and the one chip that it is made on, if not on all."""
+    """One launch of a kernel: what its compilation depends on, and the chips that it is made on."""
 
     kernel: Any
     case: str
@@ -122,14 +124,12 @@ _CAPABILITIES = {"sm_70": (7, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
 
 def block_linear() -> Iterator[Launch]:
     """Every size of blocks and both precisions, cut as each chip has it."""
-    from granet_kernels.triton_backend import block_tilings
-
-    for chip, capability in _CAPABILITIES.items():
-        with patch.object(block_tilings, "capability", lambda device, found=capability: found):
+    for name, capability in _CAPABILITIES.items():
+        with patch.object(chip, "capability", return_value=capability):
             half = torch.bfloat16 if capability >= (8, 0) else torch.float16
             for size in (128, 64, 32, 16):
-                yield from (replace(launch, chips=(chip,)) for launch in _blocks(size, half))
-            yield from (replace(launch, chips=(chip,)) for launch in _blocks(64, torch.float32))
+                yield from (replace(launch, chips=(name,)) for launch in _blocks(size, half))
+            yield from (replace(launch, chips=(name,)) for launch in _blocks(64, torch.float32))
 
 
 def _blocks(size: int, dtype: torch.dtype) -> Iterator[Launch]:
@@ -154,7 +154,7 @@ def csr_linear() -> Iterator[Launch]:
 
     Each case runs with two masks of different density: if it appears twice, a change of the mask compiles anew.
     """
-    from granet_kernels.triton_backend import csr_index, panels, sampled_wgrad, tilings
+    from granet_kernels.triton_backend import csr_index, panels, sampled_wgrad
     from granet_kernels.triton_backend import csr_linear as launchers
 
     def run(n: int, size: int, dtype: torch.dtype) -> None:
@@ -171,12 +171,10 @@ def csr_linear() -> Iterator[Launch]:
     modules = (csr_index, panels, launchers, sampled_wgrad)
     for dtype, size in ((torch.float32, 1024), (torch.bfloat16, 1024), (torch.float16, 63)):
         name = f"{str(dtype).removeprefix('torch.')}, {'even' if size % 16 == 0 else 'odd'}"
-        for capability, chip in [(7, "sm_70"), (8, "sm_80"), (9, "sm_90")][0 if size % 16 == 0 else 2 :]:
-            with ExitStack() as stack:
-                for user in (launchers, sampled_wgrad):
-                    stack.enter_context(patch.object(user, tilings.capability_of.__name__, return_value=capability))
+        for on in CHIPS if size % 16 == 0 else CHIPS[-1:]:
+            with patch.object(chip, "capability", return_value=_CAPABILITIES[on]):
                 found = recorded_in(modules, name, partial(run, size, size, dtype))
-            yield from (replace(launch, chips=(chip,)) for launch in found)
+            yield from (replace(launch, chips=(on,)) for launch in found)
 
 
 SUITES: dict[str, Callable[[], Iterator[Launch]]] = {

@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from granet_kernels.triton_backend import block_linear as launchers
+from granet_kernels.triton_backend import chip
 from granet_kernels.triton_backend.block_index import SIZES, block_index
 from granet_kernels.triton_backend.block_linear import block_linear, block_linear_dgrad, block_linear_wgrad
-from granet_kernels.triton_backend.block_tilings import capability, enough, matmul_tilings, wgrad_tilings
+from granet_kernels.triton_backend.block_tilings import enough, matmul_tilings, wgrad_tilings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -113,7 +114,7 @@ def test_every_tiling(size, dtype, device, assert_as_accurate):
 
 
 def test_half_precision_without_tensor_cores(device, assert_as_accurate, monkeypatch):
-    monkeypatch.setattr("granet_kernels.triton_backend.block_tilings.capability", lambda _: (7, 0))
+    monkeypatch.setattr("granet_kernels.triton_backend.chip.capability", lambda _: (7, 0))
     for dtype in (torch.bfloat16, torch.float16):
         check(device, assert_as_accurate, 70, block_mask(2, 3, 32, 0.5), dtype)
 
@@ -131,15 +132,15 @@ def test_a_weight_of_exchanged_strides(device, assert_as_accurate):
     assert torch.equal(block_linear_dgrad(grad, turned, index), block_linear_dgrad(grad, weight, index))
 
 
-@pytest.mark.parametrize("chip", [(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)])
-def test_tilings_fit_shared_memory(chip, monkeypatch):
-    kib = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (9, 0): 227, (12, 0): 99}[chip]
-    monkeypatch.setattr("granet_kernels.triton_backend.block_tilings.capability", lambda _: chip)
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)])
+def test_tilings_fit_shared_memory(capability, monkeypatch):
+    kib = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (9, 0): 227, (12, 0): 99}[capability]
+    monkeypatch.setattr("granet_kernels.triton_backend.chip.capability", lambda _: capability)
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
         values = torch.empty(0, dtype=dtype)
         for size in SIZES:
             for tiling in matmul_tilings(size, values, precision) + wgrad_tilings(size, values, precision):
-                has_buffer_for_each = chip == (9, 0) and (dtype == torch.bfloat16 or precision == "tf32")
+                has_buffer_for_each = capability == (9, 0) and (dtype == torch.bfloat16 or precision == "tf32")
                 steps = tiling.stages if has_buffer_for_each else tiling.stages - 1
                 assert steps >= 1
                 assert steps * (tiling.rows + size) * tiling.inner * values.element_size() <= kib * 1024
@@ -153,7 +154,7 @@ def test_small_layers_get_small_tiles():
 
 
 def test_a_device_that_is_not_here_is_a_modern_one():
-    assert capability(torch.device("cpu")) == (9, 0)
+    assert chip.capability(torch.device("cpu")) == (9, 0)
 
 
 @pytest.mark.parametrize("size", SIZES)

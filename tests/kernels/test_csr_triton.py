@@ -20,7 +20,7 @@ from granet_kernels.triton_backend import csr_linear as launchers
 from granet_kernels.triton_backend.csr_index import csr_index
 from granet_kernels.triton_backend.csr_linear import csr_linear, csr_linear_dgrad, csr_linear_wgrad
 from granet_kernels.triton_backend.panels import from_panels, to_panels
-from granet_kernels.triton_backend.sampled_wgrad import MOST_CSR_DENSITY, sampled_linear_wgrad, wgrad_kind
+from granet_kernels.triton_backend.sampled_wgrad import MOST_CSR_DENSITY, prefers_tiles, sampled_linear_wgrad
 from granet_kernels.triton_backend.tilings import SampledTiling, product_tilings, sampled_tilings, wgrad_tilings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,7 +112,7 @@ def test_every_tiling_computes_the_same(dtype, check, random_mask):
 def test_default_tiles_of_the_sampled_gradient(dtype, device, assert_as_accurate, random_mask):
     x, _, mask, grad, _ = operands(20, 48, 32, random_mask((32, 48), 0.2), dtype)
     expected, exact = linear_wgrad_ref(grad, x, mask), linear_wgrad_ref(grad.double(), x.double(), mask)
-    capabilities = [torch.cuda.get_device_capability()[0]] if device == "cuda" else [7, 8, 9]
+    capabilities = [torch.cuda.get_device_capability()] if device == "cuda" else [(7, 0), (8, 0), (9, 0)]
     for capability in capabilities:
         for aligned in (True, False):
             for tile in sampled_tilings(dtype, capability, aligned):
@@ -222,15 +222,11 @@ def test_panels_hold_the_bits_and_zeros(shape, dtype, device):
         assert not beyond.any()
 
 
-def test_the_faster_weight_gradient_follows_the_density(device):
+def test_the_faster_weight_gradient_follows_the_density():
     for (dtype, major), most in MOST_CSR_DENSITY.items():
-        for density, kind in ((most / 2, "csr"), (min(1, most * 2), "sampled")):
-            mask = torch.zeros(16, 100, dtype=torch.bool, device=device)
-            mask.view(-1)[: int(density * 1600)] = True
-            assert wgrad_kind(csr_index(mask), dtype, (major, 0)) == kind
-    assert (
-        wgrad_kind(csr_index(torch.ones(4, 4, dtype=torch.bool, device=device)), torch.bfloat16, (12, 0)) == "sampled"
-    )
+        assert not prefers_tiles(most / 2, dtype, (major, 0))
+        assert prefers_tiles(most * 2, dtype, (major, 0))
+    assert prefers_tiles(1.0, torch.bfloat16, (12, 0))
 
 
 def test_arguments_that_do_not_fit(device):

@@ -6,13 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
+from granet_kernels.triton_backend import chip
 from granet_kernels.triton_backend.block_index import BlockIndex, BlockLines
 from granet_kernels.triton_backend.block_tilings import (
     Tiling,
     enough,
-    has_tensor_cores,
     matmul_tilings,
-    processors,
     wgrad_tilings,
 )
 from granet_kernels.triton_backend.blocks import (
@@ -99,7 +98,7 @@ def block_linear_wgrad(
         BLOCK_K=tiling.inner,
         BLOCK_FILL=max(_FILL // size, size),
         PRECISION=precision,
-        WIDEN=not has_tensor_cores(x.device),
+        WIDEN=not chip.has_tensor_cores(x.device),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
@@ -151,7 +150,7 @@ def _matmul(
         BLOCK_N=tiling.rows,
         BLOCK_K=tiling.inner,
         PRECISION=precision,
-        WIDEN=not has_tensor_cores(x.device),
+        WIDEN=not chip.has_tensor_cores(x.device),
         HAS_BIAS=bias is not None,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
@@ -160,7 +159,7 @@ def _matmul(
 
 def _splits(groups: int, n: int, tile: int, device: torch.device) -> int:
     """In how many parts to sum n rows, so that the programs fill the device for the shortest time."""
-    at_once = processors(device) * (2 if tile <= 2**14 else 1)  # what registers and shared memory have room for
+    at_once = chip.processors(device) * (2 if tile <= 2**14 else 1)  # what registers and shared memory have room for
 
     def time(splits: int) -> float:
         return triton.cdiv(groups * splits, at_once) * (n / splits + _SPLIT_COST * (2 if splits > 1 else 1))

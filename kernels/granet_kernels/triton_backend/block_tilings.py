@@ -9,11 +9,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from granet_kernels.triton_backend import chip
+
 # KiB that a program may have, by capability.
 _SHARED = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _LEAST_SHARED = 99
-MODERN = (9, 0)
-_MODERN_PROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def matmul_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, .
     Args:
         values: an operand; precision: tl.dot's input_precision, of float32.
     """
-    return _fitting(size, values.dtype, precision, capability(values.device))
+    return _fitting(size, values.dtype, precision, chip.capability(values.device))
 
 
 def wgrad_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, ...]:
@@ -68,36 +68,19 @@ def wgrad_tilings(size: int, values: Tensor, precision: str) -> tuple[Tiling, ..
 
 def enough(choices: Sequence[Tiling], programs: Callable[[Tiling], int], device: torch.device) -> Tiling:
     """The first tiling by which there are programs for all of the device's processors, or the one with most."""
-    wanted = processors(device)
+    wanted = chip.processors(device)
     return next((each for each in choices if programs(each) >= wanted), min(choices, key=lambda each: each.rows))
 
 
-def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton multiplies on tensor cores there; it has left those of Volta and Turing."""
-    return capability(device) >= (8, 0)
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Of the chip; MODERN for the CPU, where kernels are interpreted, or recorded to be compiled."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else MODERN
-
-
-def processors(device: torch.device) -> int:
-    """How many the device has; MODERN's for the CPU."""
-    if device.type != "cuda":
-        return _MODERN_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @cache
-def _fitting(size: int, dtype: torch.dtype, precision: str, chip: tuple[int, int]) -> tuple[Tiling, ...]:
+def _fitting(size: int, dtype: torch.dtype, precision: str, on: tuple[int, int]) -> tuple[Tiling, ...]:
     """With steps of at most as many bytes as those of 16 bits, and as many stages as shared memory has room for."""
-    by_fma = chip < (8, 0) or (dtype == torch.float32 and precision == "ieee")
+    by_fma = on < (8, 0) or (dtype == torch.float32 and precision == "ieee")
     # Hopper's tensor cores read shared memory while they multiply, so Triton has a buffer for each stage there.
-    free = 0 if chip[0] == 9 and not by_fma else 1
+    free = 0 if on[0] == 9 and not by_fma else 1
     fitting = []
     for tiling in (FMA if by_fma else TENSOR_CORES)[size]:
         inner = tiling.inner // 2 if dtype.itemsize == 4 and not by_fma else tiling.inner
-        room = _SHARED.get(chip, _LEAST_SHARED) * 1024 // ((tiling.rows + size) * inner * dtype.itemsize)
+        room = _SHARED.get(on, _LEAST_SHARED) * 1024 // ((tiling.rows + size) * inner * dtype.itemsize)
         fitting.append(replace(tiling, inner=inner, stages=min(tiling.stages, room) + free))
     return tuple(fitting)

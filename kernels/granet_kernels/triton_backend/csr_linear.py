@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from granet_kernels.triton_backend import chip
 from granet_kernels.triton_backend.csr import (
     BFLOAT16,
     FLOAT16,
@@ -21,7 +22,7 @@ from granet_kernels.triton_backend.csr import (
 )
 from granet_kernels.triton_backend.csr_index import CsrIndex, Lanes
 from granet_kernels.triton_backend.panels import from_panels, to_panels
-from granet_kernels.triton_backend.tilings import Tiling, capability_of, product_tilings, wgrad_tilings
+from granet_kernels.triton_backend.tilings import Tiling, product_tilings, wgrad_tilings
 
 KINDS = {torch.float32: FLOAT32.value, torch.bfloat16: BFLOAT16.value, torch.float16: FLOAT16.value}
 _BLOCK = 1024  # entries that a program packs or scatters at a time
@@ -69,7 +70,7 @@ def csr_linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, index: CsrIndex, til
     w_grad = torch.zeros_like(mask, dtype=x.dtype)
     if 0 in (len(x), index.nnz):
         return w_grad
-    tiling = tiling or wgrad_tilings(x.dtype, capability_of(x))[0]
+    tiling = tiling or wgrad_tilings(x.dtype, chip.capability(x.device))[0]
     grad_panels, x_panels = to_panels(grad, tiling.panel), to_panels(x, tiling.panel)
     splits = _splits(lanes, len(x_panels))
     partial = x.new_empty(splits, lanes.capacity, dtype=torch.float32)

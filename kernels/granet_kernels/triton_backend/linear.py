@@ -14,11 +14,12 @@ from torch import Tensor
 from granet_kernels import plan
 from granet_kernels.layout import layout_of
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
-from granet_kernels.triton_backend import device_clock
+from granet_kernels.triton_backend import chip, device_clock
 from granet_kernels.triton_backend.block_index import BlockIndex, block_index
 from granet_kernels.triton_backend.block_linear import block_linear, block_linear_dgrad, block_linear_wgrad
 from granet_kernels.triton_backend.csr_index import csr_index
 from granet_kernels.triton_backend.csr_linear import csr_linear, csr_linear_dgrad, csr_linear_wgrad
+from granet_kernels.triton_backend.sampled_wgrad import prefers_tiles, sampled_linear_wgrad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULE_DENSITY = {
@@ -70,9 +71,11 @@ def linear_wgrad_triton(grad: Tensor, x: Tensor, mask: Tensor, dense_wgrad: Tens
         return linear_wgrad_ref(grad, x, mask, dense_wgrad)
 
     def sparse(index: BlockIndex | None) -> Tensor:
-        if index is None:
-            return csr_linear_wgrad(grad, x, mask, csr_index(mask))
-        return block_linear_wgrad(grad, x, mask, index)
+        if index is not None:
+            return block_linear_wgrad(grad, x, mask, index)
+        if prefers_tiles(layout_of(mask).density, x.dtype, chip.capability(x.device)):
+            return sampled_linear_wgrad(grad, x, mask)
+        return csr_linear_wgrad(grad, x, mask, csr_index(mask))
 
     return _run("wgrad", grad, mask, sparse, lambda full: linear_wgrad_ref(grad, x, mask))
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granet_kernels.triton_backend.csr_index import CsrIndex
-from granet_kernels.triton_backend.tilings import SampledTiling, capability_of, sampled_tilings
+from granet_kernels.triton_backend import chip
+from granet_kernels.triton_backend.tilings import SampledTiling, sampled_tilings
 
 MOST_CSR_DENSITY = {
     (torch.float32, 7): 0.2,
@@ -36,10 +36,9 @@ times as long as cuBLAS, and without tensor cores (float32, and all that Triton 
 _SUPER = 8  # rows of tiles that are worked on together, so that the L2 cache holds their operands
 
 
-def wgrad_kind(index: CsrIndex, dtype: torch.dtype, capability: tuple[int, int]) -> str:
-    """Which weight gradient is faster: "csr" (`csr_linear_wgrad`) or "sampled" (`sampled_linear_wgrad`)."""
-    most = MOST_CSR_DENSITY[dtype, min(max(capability[0], 7), 9)]
-    return "csr" if index.nnz <= most * index.rows.lines * index.rows.width else "sampled"
+def prefers_tiles(density: float, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether `sampled_linear_wgrad` is faster than `csr_linear_wgrad`, by MOST_CSR_DENSITY."""
+    return density > MOST_CSR_DENSITY[dtype, min(max(capability[0], 7), 9)]
 
 
 def sampled_linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, tiling: SampledTiling | None = None) -> Tensor:
@@ -62,7 +61,7 @@ def sampled_linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, tiling: SampledT
         return w_grad
     grad, x = grad.contiguous(), x.contiguous()
     aligned = outputs % 16 == 0 and inputs % 16 == 0
-    tiling = tiling or sampled_tilings(x.dtype, capability_of(x), aligned)[0]
+    tiling = tiling or sampled_tilings(x.dtype, chip.capability(x.device), aligned)[0]
     _sampled_tile_kernel[(triton.cdiv(outputs, tiling.outputs) * triton.cdiv(inputs, tiling.inputs),)](
         grad,
         x,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,6 @@ class SampledTiling:
     stages: int
 
 
-def capability_of(x: Tensor) -> int:
-    """The major capability of the device; of the CPU, where kernels are interpreted, that of Hopper."""
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-
-
 def product_tilings(dtype: torch.dtype) -> tuple[Tiling, ...]:
     """Of the forward pass and the input gradient: two programs of 16 warps on a multiprocessor, 64 registers each.
 
@@ -71,14 +65,14 @@ def product_tilings(dtype: torch.dtype) -> tuple[Tiling, ...]:
     )
 
 
-def wgrad_tilings(dtype: torch.dtype, capability: int) -> tuple[Tiling, ...]:
+def wgrad_tilings(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tiling, ...]:
     """Of the weight gradient at kept positions. Long rows mean fewer sums to add across threads and to keep."""
     narrow = (Tiling(2, 16, 1, 64), Tiling(2, 16, 2, 96), Tiling(1, 32, 2, 64))
     wide = Tiling(4, 16, 1, 64)
-    return (wide, *narrow) if dtype == torch.float32 and capability >= 8 else narrow
+    return (wide, *narrow) if dtype == torch.float32 and capability >= (8, 0) else narrow
 
 
-def sampled_tilings(dtype: torch.dtype, capability: int, aligned: bool) -> tuple[SampledTiling, ...]:
+def sampled_tilings(dtype: torch.dtype, capability: tuple[int, int], aligned: bool) -> tuple[SampledTiling, ...]:
     """Of the weight gradient by dense tiles. Before capability 8 Triton uses no tensor cores.
 
     Unless both sizes of the weight are multiples of 16 (aligned), operands are read value by value, whose addresses
@@ -88,9 +82,9 @@ def sampled_tilings(dtype: torch.dtype, capability: int, aligned: bool) -> tuple
         return (SampledTiling(64, 64, 16, 8, 2),)
     if dtype == torch.float32:
         return SampledTiling(128, 128, 16, 8, 2), SampledTiling(128, 64, 16, 8, 2)
-    if capability < 8:
+    if capability < (8, 0):
         return (SampledTiling(64, 128, 16, 8, 2),)
     square = SampledTiling(128, 128, 64, 8, 3)
-    if capability == 8:
+    if capability[0] == 8:
         return square, SampledTiling(128, 128, 32, 8, 4)
     return SampledTiling(128, 256, 64, 8, 3), SampledTiling(256, 128, 64, 8, 3), square

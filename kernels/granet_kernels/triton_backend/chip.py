@@ -1,0 +1,28 @@
+"""What the kernels' tilings depend on besides shapes: the capability of a device and how many processors it has.
+
+The CPU, where kernels are interpreted, or recorded to be compiled, counts as an H200.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MODERN = (9, 0)
+_MODERN_PROCESSORS = 132
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the chip, major and minor."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else MODERN
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    if device.type != "cuda":
+        return _MODERN_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies on tensor cores there; it has left those of Volta and Turing."""
+    return capability(device) >= (8, 0)
