@@ -36,7 +36,7 @@ class Tiling:
 Tilings = dict[int, tuple[Tiling, ...]]
 
 TENSOR_CORES: Tilings = {
-    128: (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 32, 8, 4)),
+    128: (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 4), Tiling(128, 64, 8, 4), Tiling(256, 32, 8, 4)),
     64: (Tiling(256, 32, 8, 4), Tiling(256, 64, 8, 3), Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 4)),
     32: (Tiling(256, 64, 8, 3), Tiling(256, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 64, 4, 3)),
     16: (Tiling(256, 64, 8, 3), Tiling(256, 32, 8, 4), Tiling(128, 64, 4, 3), Tiling(256, 64, 4, 3)),
