@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,3 +98,36 @@ def isa_used() -> Callable[[str], AbstractContextManager[None]]:
             context.__exit__(None, None, None)
 
     return use
+
+
+@pytest.fixture
+def dots_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 in uint16, and tl.dot multiplies those integers: give it the numbers."""
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def numbers(handle: Any) -> Any:
+        if handle.data.dtype != np.uint16 or handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, numbers(a), numbers(b), *rest)
+    )
+
+
+@pytest.fixture(params=["cuda" if torch.cuda.is_available() else "interpreted"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where Triton kernels run: on a CUDA device, or interpreted on tensors in CPU memory."""
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def results_of_garbage() -> Iterator[None]:
+    """Memory that is not written shows: torch.empty is NaN, or all ones, in deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

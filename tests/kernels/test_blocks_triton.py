@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,46 +9,15 @@ from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_
 
 pytest.importorskip("triton")
 
-import triton.language as tl
-
 from granet_kernels.triton_backend import block_linear as launchers
 from granet_kernels.triton_backend import chip
 from granet_kernels.triton_backend.block_index import SIZES, block_index
 from granet_kernels.triton_backend.block_linear import block_linear, block_linear_dgrad, block_linear_wgrad
 from granet_kernels.triton_backend.block_tilings import enough, matmul_tilings, wgrad_tilings
 
+pytestmark = pytest.mark.usefixtures("results_of_garbage", "dots_of_bfloat16")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["cuda" if torch.cuda.is_available() else "interpreted"])
-def device(request):
-    return "cuda" if request.param == "cuda" else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _results_of_garbage():
-    """Memory that is not written shows: torch.empty is NaN in deterministic mode."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _dots_of_bfloat16(monkeypatch):
-    """The interpreter keeps bfloat16 in uint16, and tl.dot multiplies those integers: give it the numbers."""
-    if torch.cuda.is_available():
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def numbers(handle):
-        if handle.data.dtype != np.uint16 or handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, numbers(a), numbers(b), *rest)
-    )
 
 
 def block_mask(rows, columns, size, density):

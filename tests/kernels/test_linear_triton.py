@@ -18,10 +18,7 @@ from granet_kernels.triton_backend import dispatch, support
 from granet_kernels.triton_backend import linear as triton_linear
 from granet_kernels.triton_backend.linear import linear_dgrad_triton, linear_triton, linear_wgrad_triton
 
-
-@pytest.fixture(params=["cuda" if torch.cuda.is_available() else "interpreted"])
-def device(request):
-    return "cuda" if request.param == "cuda" else "cpu"
+pytestmark = pytest.mark.usefixtures("dots_of_bfloat16")
 
 
 @pytest.fixture

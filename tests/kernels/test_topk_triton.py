@@ -20,20 +20,9 @@ pytest.importorskip("triton")
 from granet_kernels.triton_backend import table, topk
 from granet_kernels.triton_backend.topk import topk_mask_triton
 
+pytestmark = pytest.mark.usefixtures("results_of_garbage")
+
 BLOCK, SAMPLE = 128, 256
-
-
-@pytest.fixture(params=["cuda" if torch.cuda.is_available() else "interpreted"])
-def device(request):
-    return "cuda" if request.param == "cuda" else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _results_of_garbage():
-    """Memory that is not written shows: torch.empty is all ones in deterministic mode."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

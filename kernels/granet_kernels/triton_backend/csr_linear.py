@@ -117,7 +117,7 @@ def _product(x: Tensor, weight: Tensor, lanes: Lanes, bias: Tensor | None, tilin
     """x (n, width) times the transpose of a matrix (lines, width) at the entries of the lanes: (n, lines)."""
     _check(x, (len(x), lanes.width), x.dtype)
     _check(weight, (lanes.lines, lanes.width), weight.dtype)
-    tiling = tiling or product_tilings(x.dtype)[0]
+    tiling = tiling or product_tilings(x.dtype, chip.capability(x.device))[0]
     x_panels = to_panels(x, tiling.panel)
     y_panels = x.new_empty(len(x_panels), lanes.lines, tiling.panel, dtype=torch.int32)
     if y_panels.numel():

@@ -50,19 +50,21 @@ class SampledTiling:
     stages: int
 
 
-def product_tilings(dtype: torch.dtype) -> tuple[Tiling, ...]:
+def product_tilings(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tiling, ...]:
     """Of the forward pass and the input gradient: two programs of 16 warps on a multiprocessor, 64 registers each.
 
-    With two values in a word sums take twice the registers, so that there is room for one entry in a round.
+    With two values in a word sums take twice the registers: there is room for one entry in a round, and on capability 7
+    for one line.
     """
-    unroll = 2 if dtype == torch.float32 else 1
-    return (
-        Tiling(2, 16, 2, 64, unroll),
+    is_float = dtype == torch.float32
+    both = Tiling(2, 16, 2, 64, 2 if is_float else 1)
+    one = Tiling(2, 16, 1, 64, 2)
+    others = (
         Tiling(2, 16, 2, 96, 2),  # half as many warps, each with all its loads in flight
-        Tiling(2, 16, 1, 64, 2),
         Tiling(1, 32, 2, 64, 2),  # if the L1 cache does not serve two of its lines at once
         Tiling(2, 32, 2, 64, 1),  # rows of two cache lines
     )
+    return (both, one, *others) if is_float or capability >= (8, 0) else (one, both, *others)
 
 
 def wgrad_tilings(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Tiling, ...]:
