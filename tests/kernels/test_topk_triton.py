@@ -29,7 +29,7 @@ BLOCK, SAMPLE = 128, 256
 def small_blocks(monkeypatch):
     monkeypatch.setattr(table, "BLOCK", BLOCK)
     monkeypatch.setattr(table, "THREADS", 16)
-    monkeypatch.setattr(table, "CODES", BLOCK)
+    monkeypatch.setattr(table, "BINS", 64)
     monkeypatch.setattr(table, "CHUNK", 8 * BLOCK)
     monkeypatch.setattr(table, "SAMPLE", SAMPLE)
     monkeypatch.setattr(table, "LARGE", 1024)
@@ -117,28 +117,24 @@ def sampled_positions(n, sample):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("n", [4 * SAMPLE, 4 * BLOCK], ids=["scores", "codes"])
-def test_scores_that_mislead_the_sample(sign, n, device, small_blocks, monkeypatch):
-    """Up to SAMPLE scores are not sampled, but their codes are."""
-    sample = SAMPLE
-    if n < 4 * SAMPLE:
-        monkeypatch.setattr(table, "SAMPLE", n)
-        sample = BLOCK
+def test_scores_that_mislead_the_sample(sign, device, small_blocks):
+    n = 4 * SAMPLE
     scores = sign * torch.rand(n)
-    positions = torch.tensor(list(sampled_positions(n, sample)))
+    positions = torch.tensor(list(sampled_positions(n, SAMPLE)))
     scores[positions] = -sign * (1 + torch.rand(len(positions)))
     for count in (n // 10, n // 2, n - n // 10):
         check(device, [scores], torch.tensor([count]), torch.tensor([0, n]))
 
 
-@pytest.mark.parametrize("refinements", range(4))
-def test_however_often_the_bracket_is_narrowed(refinements, device, small_blocks, monkeypatch):
-    """Fewer kernels than planned find the threshold too, only later, and more have nothing to do."""
-    monkeypatch.setattr(table, "_refinements", lambda units: refinements)
+@pytest.mark.parametrize("capacities", [(1, 1), (1000, 1)], ids=["inside", "bin"])
+def test_more_codes_than_a_buffer_holds(capacities, device, small_blocks, monkeypatch):
+    """Then what they were written from is searched."""
     monkeypatch.setattr(table, "SAMPLE", 1024)
     monkeypatch.setattr(table, "CHUNK", BLOCK)
+    monkeypatch.setattr(table, "_capacities", lambda units: capacities)
     scores = torch.randn(1000)
-    check(device, [scores], torch.tensor([300]), torch.tensor([0, 1000]))
+    for count in (100, 300):
+        check(device, [scores], torch.tensor([count]), torch.tensor([0, 1000]))
 
 
 def test_counts_out_of_range(device, small_blocks):

@@ -18,16 +18,14 @@ ADDRESS, BEGIN, SIZE, SEGMENT, FIRST_TILE, PIECE_WIDTH = (tl.constexpr(i) for i 
 UNITS_BEGIN, UNITS, FIRST_PIECE, PIECES, SEGMENT_TILE, TILES = (tl.constexpr(i) for i in range(6))
 """Of a segment: its first unit, its units, its first piece, its pieces, the number of its first tile, its tiles."""
 
-BUFFERS = (6, 9)
-BUFFER_BEGIN, CAPACITY, BUFFER_TILE = (tl.constexpr(i) for i in range(3))
-"""Of its part of a buffer of codes: its begin, how many codes it holds, the number of its first tile. Columns from
-either of BUFFERS on."""
+INSIDE_BEGIN, INSIDE_CAPACITY, INSIDE_TILE, BIN_BEGIN, BIN_CAPACITY = (tl.constexpr(i) for i in range(6, 11))
+"""Of its parts of the two buffers of codes, those inside a bracket and those of one bin: the begin, how many codes it
+holds, the number of its first block."""
 
-SEGMENT_WIDTH = tl.constexpr(12)
+SEGMENT_WIDTH = tl.constexpr(11)
 
 NO_KEY = tl.constexpr(-(2**31))  # of a unit that is not eligible: below that of every score
 TOP_KEY = tl.constexpr(2**31 - 1)  # above that of every score
-LAST_INDEX = tl.constexpr(2**32 - 1)
 NO_CODE = tl.constexpr(-(2**63))  # below that of every unit
 LEAST_CODE = tl.constexpr((1 - 2**31) * 2**32)  # which every eligible unit reaches
 TOP_CODE = tl.constexpr(2**63 - 1)  # which no unit reaches
@@ -47,8 +45,8 @@ def sort_keys(scores, ABSOLUTE: tl.constexpr):
 
 @triton.jit
 def codes_of(keys, index):
-    """index: int64, the units' numbers within their segment."""
-    return (keys.to(tl.int64) << 32) | (LAST_INDEX - index)
+    """index: uint32, the units' numbers within their segment."""
+    return (keys.to(tl.int64) << 32) | (index.to(tl.uint32) ^ 0xFFFFFFFF).to(tl.int64)
 
 
 @triton.jit

@@ -52,16 +52,15 @@ def search_values(values, rank, none: tl.constexpr):
 
 
 @triton.jit
-def search_buffer(codes, count, rank, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
-    """The same among `count` codes in memory; or, unless SAMPLE is 0, among so many of them.
+def search_buffer(codes, count, rank, BLOCK: tl.constexpr):
+    """The same among `count` codes in memory.
 
     They are read anew for each step, a block at a time: few registers matter more here than a few microseconds.
     """
-    size = tl.full((), SAMPLE, tl.int64) if SAMPLE else count
     least = tl.full((BLOCK,), TOP_CODE, tl.int64)
     most = tl.full((BLOCK,), NO_CODE, tl.int64)
-    for start in range(0, size, BLOCK):
-        found = _codes_from(codes, start, count, size, SAMPLE, BLOCK)
+    for start in range(0, count, BLOCK):
+        found = _codes_from(codes, start, count, BLOCK)
         least = tl.minimum(least, tl.where(found == NO_CODE, TOP_CODE, found))
         most = tl.maximum(most, found)
     low = tl.min(least, 0)  # not below: units whose codes are not here might reach it
@@ -69,18 +68,17 @@ def search_buffer(codes, count, rank, SAMPLE: tl.constexpr, BLOCK: tl.constexpr)
     while low + 1 < high:
         middle = middle_of(low, high)
         reached = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, size, BLOCK):
-            reached += (_codes_from(codes, start, count, size, SAMPLE, BLOCK) >= middle).to(tl.int32)
+        for start in range(0, count, BLOCK):
+            reached += (_codes_from(codes, start, count, BLOCK) >= middle).to(tl.int32)
         low, high = narrowed(low, high, middle, tl.sum(reached.to(tl.int64), 0), rank)
     return low
 
 
 @triton.jit
-def _codes_from(codes, start, count, size, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
+def _codes_from(codes, start, count, BLOCK: tl.constexpr):
     """A block of codes, NO_CODE beyond their number. They may come from other programs of this launch."""
-    numbers = start + tl.arange(0, BLOCK)
-    places = scattered(numbers, count, SAMPLE) if SAMPLE else numbers
-    return tl.load(codes + places, mask=numbers < size, other=NO_CODE, cache_modifier=".cg")
+    places = start + tl.arange(0, BLOCK)
+    return tl.load(codes + places, mask=places < count, other=NO_CODE, cache_modifier=".cg")
 
 
 @triton.jit
@@ -101,7 +99,7 @@ def search_scores(pieces, segment, eligible, rank, BLOCK: tl.constexpr, ABSOLUTE
             for start in range(0, size, BLOCK):
                 places = start + tl.arange(0, BLOCK)
                 keys = keys_at(scores, eligible + begin, places, size, True, ABSOLUTE, ELIGIBLE)
-                reached += (codes_of(keys, begin - units_begin + places) >= middle).to(tl.int64)
+                reached += (codes_of(keys, (begin - units_begin).to(tl.uint32) + places) >= middle).to(tl.int64)
         low, high = narrowed(low, high, middle, tl.sum(reached, 0), rank)
     return low
 

@@ -1,11 +1,11 @@
 """The kernels of the exact selection: which units have the counts[s] highest codes of each segment s.
 
 1. `_bracket_kernel`: a sample of each segment's scores gives two keys between which the threshold lies.
-2. `_collect_kernel`, one pass over the scores: counts what lies above the bracket and at its two ends, and writes the
-   codes of what lies inside, a few per cent of all, to a buffer. The program that ends last in a segment settles it:
-   the threshold is one of the ends, then the units of that key are ranked by number; or it is inside, and found among
-   the codes in the buffer, or first narrowed down by a sample of them.
-3. `_refine_kernel`, once for each time that narrowing may be needed, does to the codes what 2 does to the scores.
+2. `_collect_kernel`, one pass over the scores: counts what lies above the bracket and at its two ends, writes the codes
+   of what lies inside, a few per cent of all, to a buffer, and counts them by bins of their keys. The program that ends
+   last in a segment settles where the threshold is: at one of the ends, or in which bin.
+3. `_refine_kernel` finds it. At one of the ends, the units of that key are ranked by number; the codes of a bin, one in a
+   thousand of those in the buffer, are written to another buffer and searched.
 4. `_mask_kernel`, the other pass over the scores: which units reach the threshold.
 
 Ranks, counts and thresholds stay in device memory. A sample only decides how much work is left: whatever it says, the
@@ -18,16 +18,19 @@ import triton.language as tl
 from granet_kernels.triton_backend.keys import (
     ADDRESS,
     BEGIN,
-    BUFFER_BEGIN,
-    BUFFER_TILE,
-    CAPACITY,
+    BIN_BEGIN,
+    BIN_CAPACITY,
     FIRST_PIECE,
     FIRST_TILE,
+    INSIDE_BEGIN,
+    INSIDE_CAPACITY,
+    INSIDE_TILE,
     NO_CODE,
     NO_KEY,
     PIECE_WIDTH,
     PIECES,
     SEGMENT,
+    SEGMENT_TILE,
     SEGMENT_WIDTH,
     TILES,
     TOP_CODE,
@@ -43,23 +46,29 @@ from granet_kernels.triton_backend.search import (
     bracket_ranks,
     scattered,
     search_buffer,
+    search_scores,
     search_values,
 )
 from granet_kernels.triton_backend.settle import (
-    ABOVE,
+    AT_HIGH,
+    AT_LOW,
     COLLECT,
     COUNT,
     DONE,
     FOUND,
     HIGH,
     INPUT,
+    LEFT,
     LOW,
     RANK,
     REFINE,
+    SEARCH,
+    SHIFT,
     STATE_WIDTH,
     STATUS,
     THRESHOLD,
-    descend,
+    bins_of,
+    nth_of_key,
     settle_scores,
     tile_of,
 )
@@ -72,15 +81,18 @@ def _bracket_kernel(
     counts,
     eligible,
     state,
+    histograms,
     ABSOLUTE: tl.constexpr,
     ELIGIBLE: tl.constexpr,
     STEPS: tl.constexpr,
     SAMPLE: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """One program a segment: the keys that bracket the threshold, by a sample; all keys of a small segment."""
     number = tl.program_id(0)
     segment = segments + number * SEGMENT_WIDTH
     state += number * STATE_WIDTH
+    tl.store(histograms + number * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
     units = tl.load(segment + UNITS)
     count = tl.load(counts + number)
     low = tl.full((), NO_KEY, tl.int64)
@@ -99,10 +111,14 @@ def _bracket_kernel(
             high = search_values(keys, above, NO_KEY)
         if below <= known:
             low = search_values(keys, below, NO_KEY)
+    shift = tl.full((), 0, tl.int64)
+    while ((high - low - 2) >> shift) >= BINS:
+        shift += 1
     tl.store(state + THRESHOLD, TOP_CODE)
     tl.store(state + STATUS, tl.where((units > 0) & (count > 0), COLLECT, FOUND))
     tl.store(state + LOW, low)
     tl.store(state + HIGH, high)
+    tl.store(state + SHIFT, shift)
     tl.store(state + COUNT, 0)
     tl.store(state + DONE, 0)
 
@@ -115,6 +131,7 @@ def _collect_kernel(
     eligible,
     state,
     tile_counts,
+    histograms,
     codes,
     piece_count,
     tile_count,
@@ -125,35 +142,35 @@ def _collect_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     THREADS: tl.constexpr,
-    SAMPLE: tl.constexpr,
+    BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    LAST: tl.constexpr,
 ):
     """One program a tile of BLOCKS * BLOCK units of a piece.
 
     Args:
         tile_counts: (3, tile_count) int32, room for how many units of each tile are above the bracket, at its upper and
             at its lower end.
-        codes: int64, the buffer whose columns in `segments` begin at OUTPUT.
-        LAST: whether no refine kernel follows.
+        histograms: (segments, BINS) int32, zeros.
+        codes: int64, the first of the buffers.
     """
     tile = tl.program_id(0)
     piece = pieces + row_of(pieces, 0, piece_count, tile, PIECE_WIDTH, FIRST_TILE, STEPS) * PIECE_WIDTH
     number = tl.load(piece + SEGMENT)
     segment = segments + number * SEGMENT_WIDTH
     state += number * STATE_WIDTH
+    histogram = histograms + number * BINS
     if tl.load(state + STATUS) == COLLECT:
         scores, flags, begin, size = tile_of(piece, tile, eligible, ALIGNED, BLOCK * BLOCKS)
-        index = begin - tl.load(segment + UNITS_BEGIN)
+        index = (begin - tl.load(segment + UNITS_BEGIN)).to(tl.uint32)
         low = tl.load(state + LOW).to(tl.int32)
         high = tl.load(state + HIGH).to(tl.int32)
-        output = codes + tl.load(segment + OUTPUT + BUFFER_BEGIN)
-        capacity = tl.load(segment + OUTPUT + CAPACITY)
+        shift = tl.load(state + SHIFT).to(tl.int32)
+        output = codes + tl.load(segment + INSIDE_BEGIN)
+        capacity = tl.load(segment + INSIDE_CAPACITY)
         low_end = tl.where(low < high, low, TOP_KEY)  # of equal ends, the upper one counts
         outside = tl.zeros((THREADS,), tl.int32)  # above the bracket; in the upper half of the bits, at its upper end
         ends = tl.zeros((THREADS,), tl.int32)  # at its lower end
-        for block in range(BLOCKS):
+        for block in range(0, tl.minimum((size + BLOCK - 1) // BLOCK, BLOCKS)):
             places = block * BLOCK + _places(BLOCK, THREADS, 4)
             if (block + 1) * BLOCK <= size:
                 keys = keys_at(scores, flags, places, size, False, ABSOLUTE, ELIGIBLE)
@@ -161,77 +178,85 @@ def _collect_kernel(
                 keys = keys_at(scores, flags, places, size, True, ABSOLUTE, ELIGIBLE)
             outside += _by_thread((keys > high).to(tl.int32) + ((keys == high).to(tl.int32) << 16))
             ends += _by_thread((keys == low_end).to(tl.int32))
-            _append(output, capacity, state, codes_of(keys, index + places), (keys > low) & (keys < high))
+            inside = (keys > low) & (keys < high)
+            tl.atomic_add(histogram + bins_of(keys, low, shift), 1, mask=inside, sem="relaxed")
+            _append(output, capacity, state, codes_of(keys, index + places), inside)
         both = tl.sum(outside, 0)
         tl.store(tile_counts + tile, both & 0xFFFF)
         tl.store(tile_counts + tile_count + tile, (both >> 16) & 0xFFFF)
         tl.store(tile_counts + 2 * tile_count + tile, tl.sum(ends, 0))
         if _is_last(state, tl.load(segment + TILES)):
-            settle_scores(
-                pieces,
-                segment,
-                tl.load(counts + number),
-                eligible,
-                state,
-                tile_counts,
-                output,
-                capacity,
-                piece_count,
-                tile_count,
-                ABSOLUTE,
-                ELIGIBLE,
-                STEPS,
-                BLOCK,
-                BLOCKS,
-                SAMPLE,
-                CHUNK,
-                LAST,
-            )
+            rank = tl.load(counts + number)
+            settle_scores(segment, rank, state, tile_counts, histogram, capacity, tile_count, BINS, CHUNK)
 
 
 @triton.jit
 def _refine_kernel(
+    pieces,
     segments,
+    eligible,
     state,
+    tile_counts,
     input_codes,
     output_codes,
+    piece_count,
     segment_count,
-    STEPS: tl.constexpr,
+    tile_count,
+    ABSOLUTE: tl.constexpr,
+    ELIGIBLE: tl.constexpr,
+    PIECE_STEPS: tl.constexpr,
+    SEGMENT_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     THREADS: tl.constexpr,
-    SAMPLE: tl.constexpr,
     CHUNK: tl.constexpr,
-    INPUT_COLUMNS: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    LAST: tl.constexpr,
 ):
-    """One program a block of a buffer: moves what lies in the bracket to the other buffer."""
+    """One program a block of the first buffer: moves the codes of the bin to the other; the last one finds the threshold.
+
+    Where there is no bin, the first program of the segment finds it by itself.
+    """
     tile = tl.program_id(0)
-    number = row_of(segments, 0, segment_count, tile, SEGMENT_WIDTH, INPUT_COLUMNS + BUFFER_TILE, STEPS)
+    number = row_of(segments, 0, segment_count, tile, SEGMENT_WIDTH, INSIDE_TILE, SEGMENT_STEPS)
     segment = segments + number * SEGMENT_WIDTH
     state += number * STATE_WIDTH
-    start = (tile - tl.load(segment + INPUT_COLUMNS + BUFFER_TILE)) * BLOCK
+    start = (tile - tl.load(segment + INSIDE_TILE)) * BLOCK
+    status = tl.load(state + STATUS)
     count = tl.load(state + INPUT)
-    if (tl.load(state + STATUS) == REFINE) & (start < count):
-        codes = input_codes + tl.load(segment + INPUT_COLUMNS + BUFFER_BEGIN)
-        output = output_codes + tl.load(segment + OUTPUT + BUFFER_BEGIN)
-        capacity = tl.load(segment + OUTPUT + CAPACITY)
-        low = tl.load(state + LOW)
-        high = tl.load(state + HIGH)
+    rank = tl.load(state + RANK)
+    if (status == REFINE) & (start < count):
+        codes = input_codes + tl.load(segment + INSIDE_BEGIN)
+        output = output_codes + tl.load(segment + BIN_BEGIN)
+        capacity = tl.load(segment + BIN_CAPACITY)
         places = start + _places(BLOCK, THREADS, 2)
         found = tl.load(codes + places, mask=places < count, other=NO_CODE)
-        above = tl.sum(_by_thread((found >= high).to(tl.int32)), 0)
-        tl.atomic_add(state + ABOVE, above.to(tl.int64), sem="relaxed")
-        _append(output, capacity, state, found, (found >= low) & (found < high))
+        _append(output, capacity, state, found, (found >= tl.load(state + LOW)) & (found < tl.load(state + HIGH)))
         if _is_last(state, (count + BLOCK - 1) // BLOCK):
-            rank = tl.load(state + RANK)
-            left = rank - tl.load(state + ABOVE, cache_modifier=".cg")
             inside = tl.load(state + COUNT, cache_modifier=".cg")
-            if (left >= 1) & (left <= inside) & (inside <= capacity):
-                descend(state, output, inside, left, SAMPLE, CHUNK, LAST)
-            else:
-                tl.store(state + THRESHOLD, search_buffer(codes, count, rank, 0, CHUNK))
-                tl.store(state + STATUS, FOUND)
+            fits = inside <= capacity
+            where = tl.where(fits, output.to(tl.int64), codes.to(tl.int64)).to(tl.pointer_type(tl.int64))
+            size = tl.where(fits, inside, count)
+            tl.store(state + THRESHOLD, search_buffer(where, size, tl.where(fits, tl.load(state + LEFT), rank), CHUNK))
+    if (start == 0) & ((status == AT_HIGH) | (status == AT_LOW)):
+        is_high = status == AT_HIGH
+        key = tl.load(state + tl.where(is_high, HIGH, LOW)).to(tl.int32)
+        counts = tile_counts + tl.where(is_high, 1, 2) * tile_count + tl.load(segment + SEGMENT_TILE)
+        code = nth_of_key(
+            pieces,
+            segment,
+            eligible,
+            counts,
+            rank,
+            key,
+            piece_count,
+            ABSOLUTE,
+            ELIGIBLE,
+            PIECE_STEPS,
+            BLOCK * BLOCKS,
+            CHUNK,
+        )
+        tl.store(state + THRESHOLD, code)
+    if (start == 0) & (status == SEARCH):
+        tl.store(state + THRESHOLD, search_scores(pieces, segment, eligible, rank, CHUNK, ABSOLUTE, ELIGIBLE))
 
 
 @triton.jit
@@ -254,7 +279,7 @@ def _mask_kernel(
     piece = pieces + row_of(pieces, 0, piece_count, tile, PIECE_WIDTH, FIRST_TILE, STEPS) * PIECE_WIDTH
     number = tl.load(piece + SEGMENT)
     scores, flags, begin, size = tile_of(piece, tile, eligible, ALIGNED, BLOCK * BLOCKS)
-    index = begin - tl.load(segments + number * SEGMENT_WIDTH + UNITS_BEGIN)
+    index = (begin - tl.load(segments + number * SEGMENT_WIDTH + UNITS_BEGIN)).to(tl.uint32)
     mask += begin
     threshold = tl.load(state + number * STATE_WIDTH + THRESHOLD)
     for block in tl.static_range(BLOCKS):

@@ -1,4 +1,4 @@
-"""What the last program of a segment does after a pass: find the threshold, or a narrower bracket of it."""
+"""Where the threshold of a segment is: what its last program finds out after a pass, and the rare ways to it."""
 
 import triton
 import triton.language as tl
@@ -13,25 +13,21 @@ from granet_kernels.triton_backend.keys import (
     SEGMENT_TILE,
     SIZE,
     TILES,
-    TOP_CODE,
     UNITS_BEGIN,
     codes_of,
     keys_at,
     row_of,
     scores_of,
 )
-from granet_kernels.triton_backend.search import (
-    bracket_ranks,
-    search_buffer,
-    search_scores,
-)
 
-THRESHOLD, STATUS, LOW, HIGH, RANK, INPUT, COUNT, ABOVE, DONE, STATE_WIDTH = (tl.constexpr(i) for i in range(10))
+THRESHOLD, STATUS, LOW, HIGH, SHIFT, RANK, LEFT, INPUT, COUNT, DONE, STATE_WIDTH = (tl.constexpr(i) for i in range(11))
 """Columns of a segment's state: the code that selected units reach, what comes next, the ends of the bracket (keys for
-collect, codes for refine: low <= code < high), the threshold's rank among the codes of the buffer, their number; and
-while a pass runs, the codes written, those above the bracket, the tiles done."""
+collect, neither of them inside; codes for refine: low <= code < high), the bits of a key below the number of its bin;
+the threshold's rank among the codes of the buffer (or among the units of a key, or all units), its rank among those in
+the bracket, the codes in the buffer; and while a pass runs, the codes written and the tiles done."""
 
-FOUND, COLLECT, REFINE = (tl.constexpr(i) for i in range(3))
+FOUND, COLLECT, REFINE, AT_HIGH, AT_LOW, SEARCH = (tl.constexpr(i) for i in range(6))
+"""The threshold is found; to be bracketed; inside the bracket; at its upper or lower end; none of these."""
 
 
 @triton.jit
@@ -45,67 +41,58 @@ def tile_of(piece, tile, eligible, ALIGNED: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def settle_scores(
-    pieces,
-    segment,
-    rank,
-    eligible,
-    state,
-    tile_counts,
-    codes,
-    capacity,
-    piece_count,
-    tile_count,
-    ABSOLUTE: tl.constexpr,
-    ELIGIBLE: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """After the pass over the scores: where the threshold of `rank` is."""
-    first = tile_counts + tl.load(segment + SEGMENT_TILE)
-    tiles = tl.load(segment + TILES)
-    low = tl.load(state + LOW)
-    high = tl.load(state + HIGH)
-    above = _total(first, tiles, CHUNK)
-    from_high = above + _total(first + tile_count, tiles, CHUNK)
-    inside = tl.load(state + COUNT, cache_modifier=".cg")
-    from_inside = from_high + inside
-    from_low = from_inside + _total(first + 2 * tile_count, tiles, CHUNK)
-    if (rank > from_high) & (rank <= from_inside) & (inside <= capacity):
-        descend(state, codes, inside, rank - from_high, SAMPLE, CHUNK, LAST)
-    else:
-        is_high = (rank > above) & (rank <= from_high)
-        is_low = (rank > from_inside) & (rank <= from_low) & (low > NO_KEY)
-        if is_high | is_low:
-            key = tl.where(is_high, high, low).to(tl.int32)
-            counts = first + tl.where(is_high, 1, 2) * tile_count
-            left = rank - tl.where(is_high, above, from_inside)
-            found = _nth_of_key(
-                pieces,
-                segment,
-                eligible,
-                counts,
-                left,
-                key,
-                piece_count,
-                ABSOLUTE,
-                ELIGIBLE,
-                STEPS,
-                BLOCK * BLOCKS,
-                CHUNK,
-            )
-        else:
-            found = search_scores(pieces, segment, eligible, rank, CHUNK, ABSOLUTE, ELIGIBLE)
-        tl.store(state + THRESHOLD, found)
-        tl.store(state + STATUS, FOUND)
+def bins_of(keys, low, shift):
+    """The bins of keys above `low`; int32."""
+    return ((keys - (low + 1)).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def _nth_of_key(
+def settle_scores(
+    segment, rank, state, tile_counts, histogram, capacity, tile_count, BINS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """After the pass over the scores: where the threshold of `rank` is, and if it is in the bracket, in which bin."""
+    first = tile_counts + tl.load(segment + SEGMENT_TILE)
+    tiles = tl.load(segment + TILES)
+    above = total_of(first, tiles, CHUNK)
+    from_high = above + total_of(first + tile_count, tiles, CHUNK)
+    inside = tl.load(state + COUNT, cache_modifier=".cg")
+    from_inside = from_high + inside
+    from_low = from_inside + total_of(first + 2 * tile_count, tiles, CHUNK)
+    low = tl.load(state + LOW)
+    is_high = (rank > above) & (rank <= from_high)
+    is_low = (rank > from_inside) & (rank <= from_low)
+    if (rank > from_high) & (rank <= from_inside) & (inside <= capacity):
+        _narrow(state, histogram, inside, rank - from_high, BINS)
+    elif (rank > from_inside) & (low == NO_KEY):  # so many are not eligible
+        tl.store(state + STATUS, FOUND)
+        tl.store(state + THRESHOLD, LEAST_CODE)
+    else:
+        tl.store(state + STATUS, tl.where(is_high, AT_HIGH, tl.where(is_low, AT_LOW, SEARCH)))
+        tl.store(state + RANK, rank - tl.where(is_high, above, tl.where(is_low, from_inside, 0)))
+
+
+@triton.jit
+def _narrow(state, histogram, inside, rank, BINS: tl.constexpr):
+    """The bracket becomes the bin in which the code of `rank` is."""
+    counts = tl.load(histogram + tl.arange(0, BINS), cache_modifier=".cg")
+    upto = tl.cumsum(counts, 0)
+    from_below = (inside - rank + 1).to(tl.int32)
+    number = tl.sum((upto < from_below).to(tl.int32), 0).to(tl.int64)
+    above = tl.sum(tl.where(upto - counts >= from_below, counts, 0), 0)
+    shift = tl.load(state + SHIFT)
+    low = tl.load(state + LOW) + 1 + (number << shift)
+    tl.store(state + STATUS, REFINE)
+    tl.store(state + LOW, low << 32)
+    tl.store(state + HIGH, tl.minimum(low + (tl.full((), 1, tl.int64) << shift), tl.load(state + HIGH)) << 32)
+    tl.store(state + RANK, rank)
+    tl.store(state + LEFT, rank - above)
+    tl.store(state + INPUT, inside)
+    tl.store(state + COUNT, 0)
+    tl.store(state + DONE, 0)
+
+
+@triton.jit
+def nth_of_key(
     pieces,
     segment,
     eligible,
@@ -134,7 +121,7 @@ def _nth_of_key(
     tile += tl.load(segment + SEGMENT_TILE)
     piece = pieces + row_of(pieces, 0, piece_count, tile, PIECE_WIDTH, FIRST_TILE, STEPS) * PIECE_WIDTH
     scores, flags, begin, size = tile_of(piece, tile, eligible, False, TILE)
-    index = begin - tl.load(segment + UNITS_BEGIN)
+    index = (begin - tl.load(segment + UNITS_BEGIN)).to(tl.uint32)
     code = rank * 0 + NO_CODE
     for first in range(0, TILE, BLOCK):
         places = first + tl.arange(0, BLOCK)
@@ -147,31 +134,7 @@ def _nth_of_key(
 
 
 @triton.jit
-def descend(state, codes, count, rank, SAMPLE: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr):
-    """The threshold is that of `rank` among `count` codes: find it, or a bracket of it by a sample of them."""
-    if LAST or (count <= 2 * SAMPLE):
-        tl.store(state + THRESHOLD, search_buffer(codes, count, rank, 0, CHUNK))
-        tl.store(state + STATUS, FOUND)
-    else:
-        above, below = bracket_ranks(rank, count, SAMPLE)
-        low = tl.full((), LEAST_CODE, tl.int64)
-        high = tl.full((), TOP_CODE, tl.int64)
-        if above >= 1:
-            high = search_buffer(codes, count, above, SAMPLE, CHUNK)
-        if below <= SAMPLE:
-            low = search_buffer(codes, count, below, SAMPLE, CHUNK)
-        tl.store(state + STATUS, REFINE)
-        tl.store(state + LOW, low)
-        tl.store(state + HIGH, high)
-        tl.store(state + RANK, rank)
-        tl.store(state + INPUT, count)
-        tl.store(state + COUNT, 0)
-        tl.store(state + ABOVE, 0)
-        tl.store(state + DONE, 0)
-
-
-@triton.jit
-def _total(counts, size, BLOCK: tl.constexpr):
+def total_of(counts, size, BLOCK: tl.constexpr):
     """The sum of int32s that other programs have written, int64."""
     total = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, size, BLOCK):

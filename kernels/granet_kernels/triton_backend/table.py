@@ -13,7 +13,7 @@ from torch import Tensor
 BLOCK = 2048  # units that a program works on at once; a tile has up to 2^15
 THREADS = 256  # of a program
 SAMPLE = 8192  # scores of a segment that are looked at first
-CODES = 4096  # codes that are looked at where there are many
+BINS = 2048  # that the codes inside a bracket are counted by
 CHUNK = 1024  # codes, or counts, that a program takes at a time when it settles a segment
 LARGE = 2**24  # units, from which on a program takes several blocks, one after the other
 _MOST_TABLES = 64
@@ -26,10 +26,10 @@ class Table:
     Attributes:
         pieces, segments: int64 on the device of the scores; columns as in `keys`.
         piece_count, segment_count, tile_count: rows of the tables, and programs of a pass over the scores.
-        block, threads, sample, codes, chunk: as BLOCK, THREADS, SAMPLE, CODES, CHUNK.
+        block, threads, sample, bins, chunk: as BLOCK, THREADS, SAMPLE, BINS, CHUNK.
         blocks: how many times `block` units are in a tile.
-        buffers: of each buffer, the codes that it holds and the programs of a pass over it.
-        refinements: how often the bracket may have to be narrowed.
+        buffers: how many codes each of the two holds.
+        buffer_tiles: programs of a pass over the first.
         aligned: whether vectors of 16 bytes can be read and written.
         steps: of a binary search over the pieces, and over the segments.
     """
@@ -42,11 +42,11 @@ class Table:
     block: int
     threads: int
     sample: int
-    codes: int
+    bins: int
     chunk: int
     blocks: int
-    buffers: tuple[tuple[int, int], tuple[int, int]]
-    refinements: int
+    buffers: tuple[int, int]
+    buffer_tiles: int
     aligned: bool
     steps: tuple[int, int]
 
@@ -94,8 +94,7 @@ def _pieces(parts: Sequence[Tensor], bounds: Sequence[int]) -> list[Piece]:
 
 def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.device) -> Table:
     blocks = 16 if bounds[-1] > LARGE else 1
-    tiles = [-(-size // (BLOCK * blocks)) for _, _, size, _ in pieces]
-    first_tiles = list(accumulate(tiles, initial=0))
+    first_tiles = list(accumulate((-(-size // (BLOCK * blocks)) for _, _, size, _ in pieces), initial=0))
     piece_rows = [(*piece[:3], piece[3], first) for piece, first in zip(pieces, first_tiles, strict=False)]
     sizes = [end - begin for begin, end in pairwise(bounds)]
     of_segment = [0] * (len(sizes) + 1)
@@ -106,47 +105,35 @@ def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.dev
         (begin, size, first, last - first, first_tiles[first], first_tiles[last] - first_tiles[first])
         for begin, size, (first, last) in zip(bounds, sizes, pairwise(first_pieces), strict=False)
     ]
-    large = [min(size, math.ceil(1.3 * _inside(SAMPLE) * size) + SAMPLE) for size in sizes]
-    small = [min(size, math.ceil(1.3 * _inside(CODES) * size) + CODES) for size in large]
-    buffers = [_buffer(capacities) for capacities in (large, small)]
-    segment_rows = [
-        (*row, *first, *second) for row, first, second in zip(scores, *(b[0] for b in buffers), strict=True)
-    ]
+    inside, of_bin = zip(*(_capacities(size) for size in sizes), strict=True)
+    begins, bin_begins = (list(accumulate(capacities, initial=0)) for capacities in (inside, of_bin))
+    tiles = list(accumulate((-(-capacity // BLOCK) for capacity in inside), initial=0))
+    parts = zip(begins, inside, tiles, bin_begins, of_bin, strict=False)
+    segment_rows = [(*row, *part) for row, part in zip(scores, parts, strict=True)]
     return Table(
         pieces=torch.tensor(piece_rows, dtype=torch.int64).reshape(-1, 5).to(device),
-        segments=torch.tensor(segment_rows, dtype=torch.int64).reshape(-1, 12).to(device),
+        segments=torch.tensor(segment_rows, dtype=torch.int64).reshape(-1, 11).to(device),
         piece_count=len(pieces),
         segment_count=len(sizes),
         tile_count=first_tiles[-1],
         block=BLOCK,
         threads=THREADS,
         sample=SAMPLE,
-        codes=CODES,
+        bins=BINS,
         chunk=CHUNK,
         blocks=blocks,
-        buffers=(buffers[0][1], buffers[1][1]),
-        refinements=_refinements(max(sizes, default=0)),
+        buffers=(begins[-1], bin_begins[-1]),
+        buffer_tiles=tiles[-1],
         aligned=all(address % 16 == 0 and begin % 16 == 0 for address, begin, _, _ in pieces),
         steps=(len(pieces).bit_length(), len(sizes).bit_length()),
     )
 
 
-def _buffer(capacities: Sequence[int]) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
-    """Of each segment: begin, capacity, first tile; and the sums of capacities and tiles."""
-    begins = list(accumulate(capacities, initial=0))
-    tiles = list(accumulate((-(-capacity // BLOCK) for capacity in capacities), initial=0))
-    return list(zip(begins, capacities, tiles, strict=False)), (begins[-1], tiles[-1])
+def _capacities(units: int) -> tuple[int, int]:
+    """How many codes may lie within the bracket of a sample of so many units, but for bad luck; and in one of its bins.
 
-
-def _inside(sample: int) -> float:
-    """The largest share of all that lies within the bracket of a sample, but for bad luck; see `search.bracket`."""
-    return min(1.0, 2 * (5 + 2.5 * math.sqrt(sample)) / sample)
-
-
-def _refinements(units: int) -> int:
-    """How often to narrow the bracket until few codes are left."""
-    left, refinements = units * (1 if units <= SAMPLE else _inside(SAMPLE)), 0
-    while left > 2 * CODES:
-        left *= _inside(CODES)
-        refinements += 1
-    return refinements
+    Beyond that nothing goes wrong, but a single program has to search what there was no room for.
+    """
+    share = min(1.0, 2 * (5 + 2.5 * math.sqrt(SAMPLE)) / SAMPLE)  # see `search.bracket_ranks`
+    inside = min(units, math.ceil(1.3 * share * units) + SAMPLE)
+    return inside, min(inside, inside // 16 + SAMPLE)

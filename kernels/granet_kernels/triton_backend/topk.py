@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from granet_kernels.topk import topk_mask_of_parts
-from granet_kernels.triton_backend.keys import BUFFERS
 from granet_kernels.triton_backend.select import _bracket_kernel, _collect_kernel, _mask_kernel, _refine_kernel
 from granet_kernels.triton_backend.settle import STATE_WIDTH
 from granet_kernels.triton_backend.table import THREADS, Table, table_of
@@ -68,11 +67,23 @@ def select(table: Table, counts: Tensor, flags: Tensor | None, absolute: bool) -
     device = table.pieces.device
     state = torch.empty(table.segment_count, STATE_WIDTH.value, dtype=torch.int64, device=device)
     tile_counts = torch.empty(3, table.tile_count, dtype=torch.int32, device=device)
-    codes = [torch.empty(size, dtype=torch.int64, device=device) for size, _ in table.buffers]
+    codes = [torch.empty(size, dtype=torch.int64, device=device) for size in table.buffers]
+    histograms = torch.empty(table.segment_count, table.bins, dtype=torch.int32, device=device)
     eligible = state if flags is None else flags
-    modes = {"ABSOLUTE": absolute, "ELIGIBLE": flags is not None, "STEPS": table.steps[0]}
+    modes = {"ABSOLUTE": absolute, "ELIGIBLE": flags is not None}
+    tiles = {"BLOCK": table.block, "BLOCKS": table.blocks, "THREADS": table.threads, "CHUNK": table.chunk}
     _bracket_kernel[(table.segment_count,)](
-        table.pieces, table.segments, counts, eligible, state, **modes, SAMPLE=table.sample, num_warps=16
+        table.pieces,
+        table.segments,
+        counts,
+        eligible,
+        state,
+        histograms,
+        **modes,
+        STEPS=table.steps[0],
+        SAMPLE=table.sample,
+        BINS=table.bins,
+        num_warps=16,
     )
     _collect_kernel[(table.tile_count,)](
         table.pieces,
@@ -81,36 +92,39 @@ def select(table: Table, counts: Tensor, flags: Tensor | None, absolute: bool) -
         eligible,
         state,
         tile_counts,
+        histograms,
         codes[0],
         table.piece_count,
         table.tile_count,
         **modes,
+        **tiles,
         ALIGNED=table.aligned,
-        BLOCK=table.block,
-        BLOCKS=table.blocks,
-        THREADS=table.threads,
-        SAMPLE=table.codes,
-        CHUNK=table.chunk,
-        OUTPUT=BUFFERS[0],
-        LAST=table.refinements == 0,
+        STEPS=table.steps[0],
+        BINS=table.bins,
+        num_warps=_WARPS,
+        maxnreg=_registers(table, flags is not None),
+    )
+    _refine_kernel[(table.buffer_tiles,)](
+        table.pieces,
+        table.segments,
+        eligible,
+        state,
+        tile_counts,
+        *codes,
+        table.piece_count,
+        table.segment_count,
+        table.tile_count,
+        **modes,
+        **tiles,
+        PIECE_STEPS=table.steps[0],
+        SEGMENT_STEPS=table.steps[1],
         num_warps=_WARPS,
     )
-    for number in range(table.refinements):
-        source, target = number % 2, 1 - number % 2
-        _refine_kernel[(table.buffers[source][1],)](
-            table.segments,
-            state,
-            codes[source],
-            codes[target],
-            table.segment_count,
-            STEPS=table.steps[1],
-            BLOCK=table.block,
-            THREADS=table.threads,
-            SAMPLE=table.codes,
-            CHUNK=table.chunk,
-            INPUT_COLUMNS=BUFFERS[source],
-            OUTPUT=BUFFERS[target],
-            LAST=number + 1 == table.refinements,
-            num_warps=_WARPS,
-        )
     return state
+
+
+def _registers(table: Table, eligible: bool) -> int:
+    """Of a thread of the collect kernel: what it takes at least; left to itself, ptxas saves a few more and spills."""
+    if not table.aligned:
+        return 128
+    return 96 if eligible else 80
