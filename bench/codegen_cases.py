@@ -23,9 +23,10 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
 }
 CHIPS = ("sm_70", "sm_80", "sm_90")
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,8 @@ class _Recorder:
         self.launches.append(Launch(self.kernel, self.case, signature, constants, tuple(divisible), options))
 
 
-def recorded(module: ModuleType, case: str, run: Callable[[], object]) -> list[Launch]:
-    """The launches of the kernels that `run` finds in `module`."""
-    return recorded_in([module], case, run)
-
-
-def recorded_in(modules: Sequence[ModuleType], case: str, run: Callable[[], object]) -> list[Launch]:
-    """The launches of the kernels that `run` finds in several modules."""
+def recorded(modules: Sequence[ModuleType], case: str, run: Callable[[], object]) -> list[Launch]:
+    """The launches of the kernels that `run` finds in these modules."""
     from triton.runtime.jit import JITFunction
 
     with ExitStack() as stack:
@@ -104,19 +100,19 @@ def distinct(launches: Iterator[Launch]) -> list[Launch]:
     return list(found.values())
 
 
-def selection() -> Iterator[Launch]:
+def selections() -> Iterator[Launch]:
     """Few scores and many; with and without eligible ones; wherever they begin."""
-    from granet_kernels.triton_backend import table, topk
+    from granet_kernels.triton_backend import selection, table, topk
 
     def select(n: int, begin: int, eligible: bool) -> None:
         scores = torch.zeros(n + begin)[begin:]
         flags = torch.ones(n, dtype=torch.bool) if eligible else None
         topk.topk_mask_triton([scores], torch.tensor([1]), torch.tensor([0, n]), flags, True)
 
-    yield from recorded(topk, "small", lambda: select(1000, 0, False))
-    yield from recorded(topk, "many", lambda: select(table.LARGE + 1, 0, False))
-    yield from recorded(topk, "many, eligible", lambda: select(table.LARGE + 1, 0, True))
-    yield from recorded(topk, "unaligned, eligible", lambda: select(1000, 1, True))
+    yield from recorded([selection], "small", lambda: select(1000, 0, False))
+    yield from recorded([selection], "many", lambda: select(table.LARGE + 1, 0, False))
+    yield from recorded([selection], "many, eligible", lambda: select(table.LARGE + 1, 0, True))
+    yield from recorded([selection], "unaligned, eligible", lambda: select(1000, 1, True))
 
 
 _CAPABILITIES = {"sm_70": (7, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
@@ -144,9 +140,9 @@ def _blocks(size: int, dtype: torch.dtype) -> Iterator[Launch]:
     assert index is not None
     x, weight, bias = (torch.zeros(shape, dtype=dtype) for shape in ((n, width), (width, width), (width,)))
     case = f"{size}, {str(dtype).removeprefix('torch.')}"
-    yield from recorded(launchers, f"forward {case}", lambda: launchers.block_linear(x, weight, index, bias))
-    yield from recorded(launchers, f"dgrad {case}", lambda: launchers.block_linear_dgrad(x, weight, index))
-    yield from recorded(launchers, f"wgrad {case}", lambda: launchers.block_linear_wgrad(x, x, mask, index))
+    yield from recorded([launchers], f"forward {case}", lambda: launchers.block_linear(x, weight, index, bias))
+    yield from recorded([launchers], f"dgrad {case}", lambda: launchers.block_linear_dgrad(x, weight, index))
+    yield from recorded([launchers], f"wgrad {case}", lambda: launchers.block_linear_wgrad(x, x, mask, index))
 
 
 def csr_linear() -> Iterator[Launch]:
@@ -173,12 +169,39 @@ def csr_linear() -> Iterator[Launch]:
         name = f"{str(dtype).removeprefix('torch.')}, {'even' if size % 16 == 0 else 'odd'}"
         for on in CHIPS if size % 16 == 0 else CHIPS[-1:]:
             with patch.object(chip, "capability", return_value=_CAPABILITIES[on]):
-                found = recorded_in(modules, name, partial(run, size, size, dtype))
+                found = recorded(modules, name, partial(run, size, size, dtype))
             yield from (replace(launch, chips=(on,)) for launch in found)
 
 
+def events() -> Iterator[Launch]:
+    """An update that prunes and exchanges, and one that only prunes, of a large network; an exchange of a small one.
+
+    Of the last two, only the kernels that are not those of the selections."""
+    from granet_kernels.triton_backend import event, selection, table
+
+    def update(n: int, begin: int, keep: list[int] | None, ratio: float | None) -> None:
+        values = [torch.zeros(n + begin)[begin:] for _ in range(3)]
+        states = [values[2], values[0].bfloat16()]
+        event.update_masks_triton(
+            [torch.ones(n, dtype=torch.bool)],
+            values[:1],
+            values[1:2] if ratio is not None else [],
+            *(states, [0, 0], [0.0, 0.0]),
+            *(keep, ratio, True, [True], True),
+        )
+
+    def own(case: str, *arguments: Any) -> Iterator[Launch]:
+        launches = recorded([event, selection], case, lambda: update(*arguments))
+        return (each for each in launches if each.kernel.__name__ in vars(event))
+
+    yield from recorded([event, selection], "many", lambda: update(table.LARGE + 16, 0, [1], 0.5))
+    yield from own("many, prune", table.LARGE + 16, 0, [1], None)
+    yield from own("unaligned, exchange", 1000, 1, None, 0.5)
+
+
 SUITES: dict[str, Callable[[], Iterator[Launch]]] = {
-    "selection": selection,
+    "selection": selections,
+    "event": events,
     "block linear": block_linear,
     "csr linear": csr_linear,
 }

@@ -15,6 +15,7 @@ pytest.importorskip("triton", minversion="3.3")  # earlier ones compile by anoth
 
 SELECTION = ("_bracket_kernel", "_collect_kernel", "_refine_kernel", "_mask_kernel")
 BLOCKS = ("_block_matmul_kernel", "_block_wgrad_kernel")
+EVENT = ("_kept_kernel", "_total_kernel", "_drop_bracket_kernel", "_write_kernel")
 GATHERS = {"_product_kernel", "_sampled_kernel"}
 COPIES = {"_fill_kernel", "_pack_kernel", "_scatter_kernel", "_to_panels_kernel", "_from_panels_kernel"}
 DENSE = {"_sampled_tile_kernel"}
@@ -47,7 +48,7 @@ def names(rows):
 
 def test_every_kernel_is_compiled_for_every_chip(table):
     kernels = {row["kernel"] for row in table}
-    assert kernels == {*SELECTION, *BLOCKS, "_block_wgrad_sum_kernel", *GATHERS, *COPIES, *DENSE}
+    assert kernels == {*SELECTION, *EVENT, *BLOCKS, "_block_wgrad_sum_kernel", *GATHERS, *COPIES, *DENSE}
     for kernel in kernels:
         assert {row["chip"] for row in table if row["kernel"] == kernel} == {"sm_70", "sm_80", "sm_90"}
 
@@ -61,8 +62,9 @@ def test_shared_memory_is_within_the_chips_limit(table):
 
 
 def test_scores_are_streamed_in_vectors_of_16_bytes(table):
-    """Two loads of them in a block; the other two of the collect kernel are of its bins."""
-    passes = {"_collect_kernel": 4, "_mask_kernel": 2}
+    """Two loads of them in a block; the other two of the collect kernel are of its bins, and the write kernel has two
+    each of the weights, and of state."""
+    passes = {"_collect_kernel": 4, "_mask_kernel": 2, "_kept_kernel": 2, "_write_kernel": 4}
     rows = [row for row in table if row["kernel"] in passes]
     wide = [row for row in rows if row["loads_128"] >= passes[row["kernel"]]]
     assert names(wide) == names(row for row in rows if "unaligned" not in row["case"])
@@ -100,8 +102,8 @@ def launches():
     for blocks in (few, ~few):
         mask = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)
         x, index = torch.zeros(1024, 1024), block_index(mask)
-        yield from recorded(launchers, "", lambda: launchers.block_linear(x, x, index, None))
-        yield from recorded(launchers, "", lambda: launchers.block_linear_wgrad(x, x, mask, index))
+        yield from recorded([launchers], "", lambda: launchers.block_linear(x, x, index, None))
+        yield from recorded([launchers], "", lambda: launchers.block_linear_wgrad(x, x, mask, index))
 
 found = list(launches())
 print(*(each.kernel.__name__ for each in found))
@@ -145,3 +147,9 @@ def test_a_change_of_the_mask_compiles_nothing(table):
     kernels = [(row["kernel"], row["case"], row["chip"]) for row in table if row["kernel"] in GATHERS | COPIES | DENSE]
     twice = {"_product_kernel", "_pack_kernel", "_to_panels_kernel"}
     assert not [each for each in set(kernels) if kernels.count(each) > (2 if each[0] in twice else 1)]
+
+
+def test_what_is_written_is_written_in_vectors_of_16_bytes(table):
+    rows = [row for row in table if row["kernel"] == "_write_kernel" and "unaligned" not in row["case"]]
+    assert rows
+    assert not names(row for row in rows if row["stores_128"] < 4)

@@ -12,8 +12,8 @@ is to find the code that k of them reach.
 import triton
 import triton.language as tl
 
-ADDRESS, BEGIN, SIZE, SEGMENT, FIRST_TILE, PIECE_WIDTH = (tl.constexpr(i) for i in range(6))
-"""Of a piece: its first score, its first unit, its units, its segment, the number of its first tile."""
+ADDRESS, BEGIN, SIZE, SEGMENT, FIRST_TILE, FLAGS, PIECE_WIDTH = (tl.constexpr(i) for i in range(7))
+"""Of a piece: its first score, its first unit, its units, its segment, the number of its first tile, its first flag."""
 
 UNITS_BEGIN, UNITS, FIRST_PIECE, PIECES, SEGMENT_TILE, TILES = (tl.constexpr(i) for i in range(6))
 """Of a segment: its first unit, its units, its first piece, its pieces, the number of its first tile, its tiles."""
@@ -23,6 +23,9 @@ INSIDE_BEGIN, INSIDE_CAPACITY, INSIDE_TILE, BIN_BEGIN, BIN_CAPACITY = (tl.conste
 holds, the number of its first block."""
 
 SEGMENT_WIDTH = tl.constexpr(11)
+
+ALL, FLAT, BY_PIECE = (tl.constexpr(i) for i in range(3))
+"""Which units are eligible: all, or those whose flag is not 0, in one buffer or in one for each piece; uint8."""
 
 NO_KEY = tl.constexpr(-(2**31))  # of a unit that is not eligible: below that of every score
 TOP_KEY = tl.constexpr(2**31 - 1)  # above that of every score
@@ -59,13 +62,28 @@ def scores_of(piece, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def flags_of(piece, eligible, ALIGNED: tl.constexpr, ELIGIBLE: tl.constexpr):
+    """The address of the flags of a piece. eligible: those of all units, if they are FLAT."""
+    if ELIGIBLE == BY_PIECE:
+        flags = tl.load(piece + FLAGS).to(tl.pointer_type(tl.uint8))
+        if ALIGNED:
+            flags = tl.multiple_of(flags, 16)
+    else:
+        begin = tl.load(piece + BEGIN)
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 16)
+        flags = eligible + begin
+    return flags
+
+
+@triton.jit
 def keys_at(scores, eligible, places, size, MASKED: tl.constexpr, ABSOLUTE: tl.constexpr, ELIGIBLE: tl.constexpr):
     """The keys at some places of a piece, NO_KEY beyond its size or where a unit is not eligible.
 
     Args:
         scores, eligible: float32 and uint8, of the first unit of the piece.
         MASKED: whether any place may be beyond the size.
-        ELIGIBLE: whether `eligible` is there.
+        ELIGIBLE: ALL, or anything else where `eligible` is there.
     """
     inside = places < size
     if MASKED:
@@ -73,7 +91,7 @@ def keys_at(scores, eligible, places, size, MASKED: tl.constexpr, ABSOLUTE: tl.c
         keys = tl.where(inside, keys, NO_KEY)
     else:
         keys = sort_keys(tl.load(scores + places), ABSOLUTE)
-    if ELIGIBLE:
+    if ELIGIBLE != ALL:
         if MASKED:
             flags = tl.load(eligible + places, mask=inside, other=0)
         else:

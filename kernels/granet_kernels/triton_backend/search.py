@@ -14,6 +14,7 @@ from granet_kernels.triton_backend.keys import (
     TOP_CODE,
     UNITS_BEGIN,
     codes_of,
+    flags_of,
     keys_at,
     scores_of,
 )
@@ -94,11 +95,12 @@ def search_scores(pieces, segment, eligible, rank, BLOCK: tl.constexpr, ABSOLUTE
         for number in range(first, first + tl.load(segment + PIECES)):
             piece = pieces + number * PIECE_WIDTH
             scores = scores_of(piece, False)
+            flags = flags_of(piece, eligible, False, ELIGIBLE)
             begin = tl.load(piece + BEGIN)
             size = tl.load(piece + SIZE)
             for start in range(0, size, BLOCK):
                 places = start + tl.arange(0, BLOCK)
-                keys = keys_at(scores, eligible + begin, places, size, True, ABSOLUTE, ELIGIBLE)
+                keys = keys_at(scores, flags, places, size, True, ABSOLUTE, ELIGIBLE)
                 reached += (codes_of(keys, (begin - units_begin).to(tl.uint32) + places) >= middle).to(tl.int64)
         low, high = narrowed(low, high, middle, tl.sum(reached, 0), rank)
     return low

@@ -4,8 +4,8 @@
 2. `_collect_kernel`, one pass over the scores: counts what lies above the bracket and at its two ends, writes the codes
    of what lies inside, a few per cent of all, to a buffer, and counts them by bins of their keys. The program that ends
    last in a segment settles where the threshold is: at one of the ends, or in which bin.
-3. `_refine_kernel` finds it. At one of the ends, the units of that key are ranked by number; the codes of a bin, one in a
-   thousand of those in the buffer, are written to another buffer and searched.
+3. `_refine_kernel` finds it. At one of the ends, the units of that key are ranked by number; the codes of a bin, one
+   in a thousand of those in the buffer, are written to another buffer and searched.
 4. `_mask_kernel`, the other pass over the scores: which units reach the threshold.
 
 Ranks, counts and thresholds stay in device memory. A sample only decides how much work is left: whatever it says, the
@@ -20,8 +20,11 @@ from granet_kernels.triton_backend.keys import (
     BEGIN,
     BIN_BEGIN,
     BIN_CAPACITY,
+    BY_PIECE,
     FIRST_PIECE,
     FIRST_TILE,
+    FLAGS,
+    FLAT,
     INSIDE_BEGIN,
     INSIDE_CAPACITY,
     INSIDE_TILE,
@@ -90,11 +93,30 @@ def _bracket_kernel(
 ):
     """One program a segment: the keys that bracket the threshold, by a sample; all keys of a small segment."""
     number = tl.program_id(0)
+    count = tl.load(counts + number)
+    bracket(pieces, segments, number, count, eligible, state, histograms, ABSOLUTE, ELIGIBLE, STEPS, SAMPLE, BINS)
+
+
+@triton.jit
+def bracket(
+    pieces,
+    segments,
+    number,
+    count,
+    eligible,
+    state,
+    histograms,
+    ABSOLUTE: tl.constexpr,
+    ELIGIBLE: tl.constexpr,
+    STEPS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Begin the selection of `count` units in a segment."""
     segment = segments + number * SEGMENT_WIDTH
     state += number * STATE_WIDTH
     tl.store(histograms + number * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
     units = tl.load(segment + UNITS)
-    count = tl.load(counts + number)
     low = tl.full((), NO_KEY, tl.int64)
     high = tl.full((), TOP_KEY, tl.int64)
     if (units > SAMPLE) & (count > 0):
@@ -103,8 +125,11 @@ def _bracket_kernel(
         piece = pieces + row * PIECE_WIDTH
         places = tl.load(piece + ADDRESS) + (unit - tl.load(piece + BEGIN)) * 4
         keys = sort_keys(tl.load(places.to(tl.pointer_type(tl.float32))), ABSOLUTE)
-        if ELIGIBLE:
+        if ELIGIBLE == FLAT:
             keys = tl.where(tl.load(eligible + unit) != 0, keys, NO_KEY)
+        if ELIGIBLE == BY_PIECE:
+            flags = (tl.load(piece + FLAGS) + unit - tl.load(piece + BEGIN)).to(tl.pointer_type(tl.uint8))
+            keys = tl.where(tl.load(flags) != 0, keys, NO_KEY)
         above, below = bracket_ranks(count, units, SAMPLE)
         known = tl.sum((keys != NO_KEY).to(tl.int32), 0)
         if (above >= 1) & (above <= known):
@@ -160,7 +185,7 @@ def _collect_kernel(
     state += number * STATE_WIDTH
     histogram = histograms + number * BINS
     if tl.load(state + STATUS) == COLLECT:
-        scores, flags, begin, size = tile_of(piece, tile, eligible, ALIGNED, BLOCK * BLOCKS)
+        scores, flags, begin, size = tile_of(piece, tile, eligible, ALIGNED, BLOCK * BLOCKS, ELIGIBLE)
         index = (begin - tl.load(segment + UNITS_BEGIN)).to(tl.uint32)
         low = tl.load(state + LOW).to(tl.int32)
         high = tl.load(state + HIGH).to(tl.int32)
@@ -170,8 +195,8 @@ def _collect_kernel(
         low_end = tl.where(low < high, low, TOP_KEY)  # of equal ends, the upper one counts
         outside = tl.zeros((THREADS,), tl.int32)  # above the bracket; in the upper half of the bits, at its upper end
         ends = tl.zeros((THREADS,), tl.int32)  # at its lower end
-        for block in range(0, tl.minimum((size + BLOCK - 1) // BLOCK, BLOCKS)):
-            places = block * BLOCK + _places(BLOCK, THREADS, 4)
+        for block in range(tl.minimum((size + BLOCK - 1) // BLOCK, BLOCKS)):
+            places = block * BLOCK + places_of(BLOCK, THREADS, 4)
             if (block + 1) * BLOCK <= size:
                 keys = keys_at(scores, flags, places, size, False, ABSOLUTE, ELIGIBLE)
             else:
@@ -211,9 +236,9 @@ def _refine_kernel(
     THREADS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a block of the first buffer: moves the codes of the bin to the other; the last one finds the threshold.
+    """One program a block of the first buffer: moves the codes of the bin to the other.
 
-    Where there is no bin, the first program of the segment finds it by itself.
+    The last one of a segment finds the threshold; where there is no bin, the first one does, by itself.
     """
     tile = tl.program_id(0)
     number = row_of(segments, 0, segment_count, tile, SEGMENT_WIDTH, INSIDE_TILE, SEGMENT_STEPS)
@@ -227,7 +252,7 @@ def _refine_kernel(
         codes = input_codes + tl.load(segment + INSIDE_BEGIN)
         output = output_codes + tl.load(segment + BIN_BEGIN)
         capacity = tl.load(segment + BIN_CAPACITY)
-        places = start + _places(BLOCK, THREADS, 2)
+        places = start + places_of(BLOCK, THREADS, 2)
         found = tl.load(codes + places, mask=places < count, other=NO_CODE)
         _append(output, capacity, state, found, (found >= tl.load(state + LOW)) & (found < tl.load(state + HIGH)))
         if _is_last(state, (count + BLOCK - 1) // BLOCK):
@@ -273,12 +298,16 @@ def _mask_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    INVERTED: tl.constexpr,
 ):
-    """One program a tile: mask = 1 where a unit's code reaches the threshold of its segment. uint8."""
+    """One program a tile: mask = 1 where a unit's code reaches the threshold of its segment, or if INVERTED does not.
+
+    mask: (units,) uint8.
+    """
     tile = tl.program_id(0)
     piece = pieces + row_of(pieces, 0, piece_count, tile, PIECE_WIDTH, FIRST_TILE, STEPS) * PIECE_WIDTH
     number = tl.load(piece + SEGMENT)
-    scores, flags, begin, size = tile_of(piece, tile, eligible, ALIGNED, BLOCK * BLOCKS)
+    scores, flags, begin, size = tile_of(piece, tile, eligible, ALIGNED, BLOCK * BLOCKS, ELIGIBLE)
     index = (begin - tl.load(segments + number * SEGMENT_WIDTH + UNITS_BEGIN)).to(tl.uint32)
     mask += begin
     threshold = tl.load(state + number * STATE_WIDTH + THRESHOLD)
@@ -286,15 +315,16 @@ def _mask_kernel(
         places = block * BLOCK + tl.arange(0, BLOCK)
         if (block + 1) * BLOCK <= size:
             keys = keys_at(scores, flags, places, size, False, ABSOLUTE, ELIGIBLE)
-            tl.store(mask + places, (codes_of(keys, index + places) >= threshold).to(tl.uint8))
+            selected = (codes_of(keys, index + places) >= threshold) != INVERTED
+            tl.store(mask + places, selected.to(tl.uint8))
         else:
             keys = keys_at(scores, flags, places, size, True, ABSOLUTE, ELIGIBLE)
-            selected = codes_of(keys, index + places) >= threshold
+            selected = (codes_of(keys, index + places) >= threshold) != INVERTED
             tl.store(mask + places, selected.to(tl.uint8), mask=places < size)
 
 
 @triton.jit
-def _places(BLOCK: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+def places_of(BLOCK: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
     """The numbers below BLOCK as (BLOCK / THREADS / WIDTH, THREADS, WIDTH): each thread has the middle one of its own.
 
     So it reads vectors of WIDTH values, and sums along the other two dimensions stay within a thread.

@@ -15,6 +15,7 @@ from granet_kernels.triton_backend.keys import (
     TILES,
     UNITS_BEGIN,
     codes_of,
+    flags_of,
     keys_at,
     row_of,
     scores_of,
@@ -31,13 +32,14 @@ FOUND, COLLECT, REFINE, AT_HIGH, AT_LOW, SEARCH = (tl.constexpr(i) for i in rang
 
 
 @triton.jit
-def tile_of(piece, tile, eligible, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+def tile_of(piece, tile, eligible, ALIGNED: tl.constexpr, TILE: tl.constexpr, ELIGIBLE: tl.constexpr):
     """Of a tile of a piece: its scores, its eligible flags, its first unit, and how many units from there on."""
     start = (tile - tl.load(piece + FIRST_TILE)) * TILE
     begin = tl.load(piece + BEGIN)
     if ALIGNED:
         begin = tl.multiple_of(begin, 16)
-    return scores_of(piece, ALIGNED) + start, eligible + begin + start, begin + start, tl.load(piece + SIZE) - start
+    flags = flags_of(piece, eligible, ALIGNED, ELIGIBLE)
+    return scores_of(piece, ALIGNED) + start, flags + start, begin + start, tl.load(piece + SIZE) - start
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def nth_of_key(
         seen += tl.sum(found, 0)
     tile += tl.load(segment + SEGMENT_TILE)
     piece = pieces + row_of(pieces, 0, piece_count, tile, PIECE_WIDTH, FIRST_TILE, STEPS) * PIECE_WIDTH
-    scores, flags, begin, size = tile_of(piece, tile, eligible, False, TILE)
+    scores, flags, begin, size = tile_of(piece, tile, eligible, False, TILE, ELIGIBLE)
     index = (begin - tl.load(segment + UNITS_BEGIN)).to(tl.uint32)
     code = rank * 0 + NO_CODE
     for first in range(0, TILE, BLOCK):

@@ -51,34 +51,36 @@ class Table:
     steps: tuple[int, int]
 
 
-Piece = tuple[int, int, int, int]
-"""Address, first unit, units, segment."""
+Piece = tuple[int, int, int, int, int]
+"""Address of the scores, first unit, units, segment, address of the flags."""
 
 _tables: dict[tuple[object, ...], Table] = {}
 _captured: list[Table] = []  # which graphs read at every replay
 
 
-def table_of(parts: Sequence[Tensor], bounds: Sequence[int]) -> Table:
-    """The table of contiguous float32 parts, cut into segments at `bounds`.
+def table_of(parts: Sequence[Tensor], bounds: Sequence[int], flags: Sequence[Tensor] = ()) -> Table:
+    """The table of contiguous float32 parts, and contiguous flags of 1 byte for each, cut into segments at `bounds`.
 
     A table depends on addresses and sizes alone. It is kept, so that a captured graph, or a step like the last one,
     copies nothing to the device.
     """
     device = parts[0].device
-    key = (device, *((part.data_ptr(), part.numel()) for part in parts), tuple(bounds))
+    addresses = [(part.data_ptr(), part.numel()) for part in parts]
+    flag_addresses = [part.data_ptr() for part in flags]
+    key = (device, *addresses, tuple(bounds), *flag_addresses)
     table = _tables.get(key)
     if table is None:
         while len(_tables) >= _MOST_TABLES:
             _tables.pop(next(iter(_tables)), None)
-        table = _tables[key] = _new_table(_pieces(parts, bounds), bounds, device)
+        table = _tables[key] = _new_table(_pieces(addresses, bounds, flag_addresses), bounds, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and table not in _captured:
         _captured.append(table)
     return table
 
 
-def _pieces(parts: Sequence[Tensor], bounds: Sequence[int]) -> list[Piece]:
+def _pieces(parts: Sequence[tuple[int, int]], bounds: Sequence[int], flags: Sequence[int]) -> list[Piece]:
     """Where the parts and the segments overlap, in the order of the units."""
-    starts = list(accumulate((part.numel() for part in parts), initial=0))
+    starts = list(accumulate((units for _, units in parts), initial=0))
     pieces: list[Piece] = []
     part = 0
     for segment, (begin, end) in enumerate(pairwise(bounds)):
@@ -87,18 +89,20 @@ def _pieces(parts: Sequence[Tensor], bounds: Sequence[int]) -> list[Piece]:
             while starts[part + 1] <= at:
                 part += 1
             upto = min(end, starts[part + 1])
-            pieces.append((parts[part].data_ptr() + 4 * (at - starts[part]), at, upto - at, segment))
+            skipped = at - starts[part]
+            flag = flags[part] + skipped if flags else 0
+            pieces.append((parts[part][0] + 4 * skipped, at, upto - at, segment, flag))
             at = upto
     return pieces
 
 
 def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.device) -> Table:
     blocks = 16 if bounds[-1] > LARGE else 1
-    first_tiles = list(accumulate((-(-size // (BLOCK * blocks)) for _, _, size, _ in pieces), initial=0))
-    piece_rows = [(*piece[:3], piece[3], first) for piece, first in zip(pieces, first_tiles, strict=False)]
+    first_tiles = list(accumulate((-(-size // (BLOCK * blocks)) for _, _, size, _, _ in pieces), initial=0))
+    piece_rows = [(*piece[:4], first, piece[4]) for piece, first in zip(pieces, first_tiles, strict=False)]
     sizes = [end - begin for begin, end in pairwise(bounds)]
     of_segment = [0] * (len(sizes) + 1)
-    for _, _, _, segment in pieces:
+    for _, _, _, segment, _ in pieces:
         of_segment[segment + 1] += 1
     first_pieces = list(accumulate(of_segment))
     scores = [
@@ -111,8 +115,8 @@ def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.dev
     parts = zip(begins, inside, tiles, bin_begins, of_bin, strict=False)
     segment_rows = [(*row, *part) for row, part in zip(scores, parts, strict=True)]
     return Table(
-        pieces=torch.tensor(piece_rows, dtype=torch.int64).reshape(-1, 5).to(device),
-        segments=torch.tensor(segment_rows, dtype=torch.int64).reshape(-1, 11).to(device),
+        pieces=torch.tensor(piece_rows, dtype=torch.int64).reshape(-1, 6).to(device, non_blocking=True),
+        segments=torch.tensor(segment_rows, dtype=torch.int64).reshape(-1, 11).to(device, non_blocking=True),
         piece_count=len(pieces),
         segment_count=len(sizes),
         tile_count=first_tiles[-1],
@@ -124,7 +128,7 @@ def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.dev
         blocks=blocks,
         buffers=(begins[-1], bin_begins[-1]),
         buffer_tiles=tiles[-1],
-        aligned=all(address % 16 == 0 and begin % 16 == 0 for address, begin, _, _ in pieces),
+        aligned=all(address % 16 == begin % 16 == flag % 16 == 0 for address, begin, _, _, flag in pieces),
         steps=(len(pieces).bit_length(), len(sizes).bit_length()),
     )
 
