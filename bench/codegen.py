@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         options.error(str(error))
     os.environ["TRITON_INTERPRET"] = "0"
-    launches = [launch for suite in args.suite for launch in distinct(SUITES[suite]())]
-    rows = [row_of(launch, chip) for launch in launches for chip in args.chip if chip in launch.chips]
+    launches = distinct(launch for suite in args.suite for launch in SUITES[suite]())
+    rows = compiled_rows([(launch, chip) for launch in launches for chip in args.chip if chip in launch.chips])
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -61,6 +63,24 @@ def check_triton() -> None:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         raise ValueError(f"expected Triton 3.3 or newer, got {triton.__version__}")
+
+
+def compiled_rows(cases: Sequence[tuple[Launch, str]]) -> list[Row]:
+    """`row_of` of each case, by as many processes as there are cores: forked ones, so cases need no pickling."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork"), _take, (cases,)) as pool:
+        return list(pool.map(_row, range(len(cases))))
+
+
+_taken: Sequence[tuple[Launch, str]] = ()
+
+
+def _take(cases: Sequence[tuple[Launch, str]]) -> None:
+    global _taken
+    _taken = cases
+
+
+def _row(number: int) -> Row:
+    return row_of(*_taken[number])
 
 
 def row_of(launch: Launch, chip: str) -> Row:
