@@ -57,12 +57,14 @@ if [ -n "$DRY" ]; then
 else
   # Most of their time goes to compiling, which several processes do side by side.
   parallel=$("$PYTHON" -c 'import xdist' 2> /dev/null && echo "-n 8")
-  stage "tests" 200 "$PYTHON" -m pytest -q $parallel -k cuda tests/kernels
+  stage "tests" 150 "$PYTHON" -m pytest -q $parallel -k cuda tests/kernels
 fi
-stage "selection" 70 "$PYTHON" -m bench.topk_gpu --seconds 40 --csv "$OUT/topk_gpu.csv" $DRY
-stage "linear" 150 "$PYTHON" -m bench.linear_gpu --seconds 90 --csv "$OUT/linear_gpu.csv" $DRY
+stage "selection" 60 "$PYTHON" -m bench.topk_gpu --seconds 30 --csv "$OUT/topk_gpu.csv" $DRY
+stage "linear" 120 "$PYTHON" -m bench.linear_gpu --seconds 60 --csv "$OUT/linear_gpu.csv" $DRY
+stage "update" 30 "$PYTHON" -m bench.event_gpu --seconds 10 --csv "$OUT/event_gpu.csv" $DRY
+stage "tilings" 120 "$PYTHON" -m bench.linear_gpu --tilings --seconds 40 --csv "$OUT/tilings_gpu.csv" $DRY
 if [ -z "$DRY" ]; then
   # Not all of what these import need be there.
-  stage "other tests" 60 "$PYTHON" -m pytest -q --continue-on-collection-errors -k cuda --ignore tests/kernels tests
+  stage "other tests" 50 "$PYTHON" -m pytest -q --continue-on-collection-errors -k cuda --ignore tests/kernels tests
 fi
 exit $status

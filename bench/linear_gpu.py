@@ -22,10 +22,14 @@ from bench.records import TIMES, Row, append, markdown, percent
 from bench.roofline import Chip, Product, floor
 from bench.timing import Budget, Timing
 from bench.verify import check_close, check_zero_off
+from granet_kernels.triton_backend import tilings
 from granet_kernels.triton_backend.block_index import block_index
 from granet_kernels.triton_backend.block_linear import block_linear, block_linear_dgrad, block_linear_wgrad
+from granet_kernels.triton_backend.block_tilings import matmul_tilings, wgrad_tilings
+from granet_kernels.triton_backend.chip import capability
 from granet_kernels.triton_backend.csr_index import csr_index
 from granet_kernels.triton_backend.csr_linear import csr_linear, csr_linear_dgrad, csr_linear_wgrad
+from granet_kernels.triton_backend.sampled_wgrad import sampled_linear_wgrad
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 COLUMNS = (
@@ -63,11 +67,17 @@ CASES = (
     *(Case(_FULL, torch.bfloat16, 1, s) for s in (0.98, 0.99, 0.9)),
     Case(_FULL, torch.bfloat16, 16, 0.95),
 )
+TILED_CASES = (
+    *(Case(_FULL, torch.bfloat16, block, 0.9) for block in (128, 64, 32)),
+    Case(_FULL, torch.float32, 1, 0.95),
+    Case(_FULL, torch.bfloat16, 1, 0.98),
+)
 DRY_CASES = (Case(64, torch.float32, 32, 0.5), Case(32, torch.float32, 1, 0.9))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = gpu.parser(__doc__, "linear_gpu")
+    options.add_argument("--tilings", action="store_true", help="time all tilings of the kernels, at one sparsity each")
     args = options.parse_args(argv)
     try:
         on = gpu.device(args.dry)
@@ -76,18 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = gpu.described(on)
     chip = gpu.chip(on, args.dry)
     print(f"{about['gpu']}, driver {about['driver']}: {chip}")
-    cases = DRY_CASES if args.dry else CASES
+    cases = DRY_CASES if args.dry else TILED_CASES if args.tilings else CASES
     budget = Budget(args.seconds, len(cases) * len(DIRECTIONS))
     rows: list[Row] = []
     for case in cases:
         layer = Layer(case, on)
         for direction in DIRECTIONS:
-            found = measure(layer, direction, 2 if args.dry else 50, budget.share(), chip)
+            runs = tiled_runs(layer, direction) if args.tilings else all_runs(layer, direction)
+            found = measure(layer, direction, runs, 2 if args.dry else 50, budget.share(), chip)
             append(args.csv, COLUMNS, [{**row, **about} for row in found])
             rows += found
             print(progress(found), flush=True)
     print(summary(rows))
-    if not args.dry:
+    if not args.dry and not args.tilings:
         plots.save_speedups(
             curves(rows), args.csv.with_suffix(".png"), f"Linear {_FULL}x{_FULL}x{_FULL}, {about['gpu']}"
         )
@@ -159,8 +170,8 @@ class Layer:
         return lambda: F.linear(self.x, weight)
 
 
-def measure(layer: Layer, direction: str, rounds: int, seconds: float, chip: Chip) -> list[Row]:
-    """Rows of every implementation of one direction, checked first."""
+def all_runs(layer: Layer, direction: str) -> dict[str, Run]:
+    """granet, alone and as one graph, and its peers."""
     case = layer.case
     runs: dict[str, Run] = {"granet": layer.granet(direction), "granet, one graph": layer.granet(direction)}
     runs[_dense_name(case.dtype)] = layer.dense(direction)
@@ -170,11 +181,43 @@ def measure(layer: Layer, direction: str, rounds: int, seconds: float, chip: Chi
         runs["csr"] = layer.cusparse(direction)
     elif case.block > 1 and direction == "forward" and layer.on.type == "cuda":
         runs["torch bsr"] = layer.bsr()
+    return runs
+
+
+def tiled_runs(layer: Layer, direction: str) -> dict[str, Run]:
+    """granet by each of its tilings, and the dense peer."""
+    x, grad, weight, mask = layer.x, layer.grad, layer.weight, layer.mask
+    runs: dict[str, Run] = {_dense_name(layer.case.dtype): layer.dense(direction)}
+    index = block_index(mask)
+    if index is not None:
+        choices = (wgrad_tilings if direction == "wgrad" else matmul_tilings)(index.size, x, "ieee")
+        for each in choices:
+            runs[f"granet, {each}"] = {
+                "forward": partial(block_linear, x, weight, index, None, each),
+                "dgrad": partial(block_linear_dgrad, grad, weight, index, each),
+                "wgrad": partial(block_linear_wgrad, grad, x, mask, index, each),
+            }[direction]
+        return runs
+    rows, on = csr_index(mask), capability(x.device)
+    for tiling in tilings.wgrad_tilings(x.dtype, on) if direction == "wgrad" else tilings.product_tilings(x.dtype, on):
+        runs[f"granet, {tiling}"] = {
+            "forward": partial(csr_linear, x, weight, rows, None, tiling),
+            "dgrad": partial(csr_linear_dgrad, grad, weight, rows, tiling),
+            "wgrad": partial(csr_linear_wgrad, grad, x, mask, rows, tiling),
+        }[direction]
+    for tile in tilings.sampled_tilings(x.dtype, on, True) if direction == "wgrad" else ():
+        runs[f"granet, {tile}"] = partial(sampled_linear_wgrad, grad, x, mask, tile)
+    return runs
+
+
+def measure(layer: Layer, direction: str, runs: dict[str, Run], rounds: int, seconds: float, chip: Chip) -> list[Row]:
+    """Rows of some implementations of one direction, checked first."""
     exact = layer.exact(direction)
     for name in list(runs):
         check(name, runs[name](), layer, direction, exact)
     del exact
-    runs["granet, one graph"] = gpu.captured(runs["granet"], layer.on)
+    if "granet, one graph" in runs:
+        runs["granet, one graph"] = gpu.captured(runs["granet"], layer.on)
     times = gpu.alternate(runs, layer.on, rounds, seconds)
     return [_row(name, timing, layer.case, direction, times, chip) for name, timing in times.items()]
 

@@ -28,7 +28,15 @@ def test_dry_run(tmp_path):
         rows = list(csv.DictReader(file))
     assert {row["implementation"] for row in rows} >= {"granet", "granet, segments", "torch.topk", "torch.kthvalue"}
     assert all(float(row["ms_median"]) > 0 for row in rows)
-    assert "cuda" in (tmp_path / "gpu.log").read_text()
+    for name, implementations in {
+        "linear_gpu": {"granet", "granet, one graph", "dense float32 (IEEE)", "dense tf32", "csr"},
+        "event_gpu": {"granet", "granet, selection by selection", "torch.topk by layer"},
+    }.items():
+        with (tmp_path / f"{name}.csv").open() as file:
+            assert {row["implementation"] for row in csv.DictReader(file)} == implementations
+    with (tmp_path / "tilings_gpu.csv").open() as file:
+        assert {row["direction"] for row in csv.DictReader(file)} == {"forward", "dgrad", "wgrad"}
+    assert "interpreted" in (tmp_path / "gpu.log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
