@@ -104,16 +104,27 @@ class StateReset:
 
     def __call__(self, optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
         """Reset the elements `where`, a bool tensor of the parameter's shape."""
-        if isinstance(optimizer, LBFGS):
+        fresh = self.fresh(optimizer, parameter)
+        if fresh is None:
             if bool(where.any()):
                 # Its history is one flat vector over all parameters, measured in a space that has just changed.
                 optimizer.state.clear()
             return
+        for value, fill in fresh:
+            value.masked_fill_(where, fill)
+
+    def fresh(self, optimizer: Optimizer, parameter: nn.Parameter) -> list[tuple[Tensor, float]] | None:
+        """The state tensors with one value for each element, and that value for a fresh weight.
+
+        None for LBFGS, whose state cannot be reset in single elements.
+        """
+        if isinstance(optimizer, LBFGS):
+            return None
         if not optimizer.state.get(parameter):
-            return
+            return []
         found = self._probe(optimizer, parameter)
-        for key, value in element_state(optimizer, parameter, found.shared).items():
-            value.masked_fill_(where, found.fresh.get(key, 0.0))
+        state = element_state(optimizer, parameter, found.shared)
+        return [(value, found.fresh.get(key, 0.0)) for key, value in state.items()]
 
     def _probe(self, optimizer: Optimizer, parameter: nn.Parameter) -> Probe:
         key = (id(optimizer), id(group_of(optimizer, parameter)), parameter.dim(), parameter.dtype, parameter.device)

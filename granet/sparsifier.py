@@ -14,6 +14,7 @@ from granet import report, sparsifier_state
 from granet.convert import sparse_weights
 from granet.gradients import GradientTap
 from granet.guard import OffMaskGuard
+from granet.mask_update import update_at_once
 from granet.masked import MaskedParameter
 from granet.methods import Method
 from granet.nesting import StepNesting
@@ -257,15 +258,24 @@ class Sparsifier:
 
     def _update(self) -> None:
         alive = [layer for layer in self.layers if layer.kept]
-        topology = Topology(self.layers, self.kept(), self._generator, self._tap.growth, self._tap.has_gradient)
-        self.method.update(topology, self._step)
-        self._apply(topology)
+        if not self._update_at_once():
+            topology = Topology(self.layers, self.kept(), self._generator, self._tap.growth, self._tap.has_gradient)
+            self.method.update(topology, self._step)
+            self._apply(topology)
         for layer in alive:
             if layer.kept == 0:
                 warnings.warn(
                     f"layer '{layer.name}' has lost all its units at step {self._step}: nothing passes it any more",
                     stacklevel=6,
                 )
+
+    def _update_at_once(self) -> bool:
+        """Whether one op could do the whole update, and has."""
+        update = self.method.as_update(self.layers, self._step)
+        if update is None:
+            return False
+        layers = [(layer, self._owners[layer.name]) for layer in self.layers]
+        return update_at_once(layers, update, self._tap.growth, self._tap.has_gradient)
 
     @torch.no_grad()
     def _apply(self, topology: Topology, *, reset_state: bool = True) -> None:

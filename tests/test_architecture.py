@@ -17,6 +17,7 @@ LAYERS = [
     {"modules", "masked"},
     {"convert", "topology"},
     {"optimizer_state", "gradients", "report", "sparsifier_state"},
+    {"mask_update"},
     {"sparsifier"},
     {"trainer"},
     {"cli"},

@@ -19,6 +19,7 @@ import granet
 from granet.data.named import read_digits
 from granet_kernels import plan
 from granet_kernels.cpu_backend import library
+from granet_kernels.event import update_masks_op, update_masks_parts
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 from granet_kernels.topk import topk_mask_op
 
@@ -48,18 +49,20 @@ def native() -> Iterator[None]:
 def triton() -> Iterator[None]:
     """What is registered for CUDA, on tensors in CPU memory; cut into fewer programs, which are interpreted in turn."""
     from granet_kernels.triton_backend import csr_index, csr_linear
+    from granet_kernels.triton_backend.event import update_masks_triton
     from granet_kernels.triton_backend.linear import linear_dgrad_triton, linear_triton, linear_wgrad_triton
     from granet_kernels.triton_backend.topk import topk_mask_triton
 
-    functions = linear_triton, linear_dgrad_triton, linear_wgrad_triton, topk_mask_triton
-    before = [op._backend_fns["cpu"] for op in OPS]
-    for op, function in zip(OPS, functions, strict=True):
+    functions = linear_triton, linear_dgrad_triton, linear_wgrad_triton, topk_mask_triton, update_masks_triton
+    ops = (*OPS, update_masks_op)
+    before = [*(op._backend_fns["cpu"] for op in OPS), update_masks_parts]
+    for op, function in zip(ops, functions, strict=True):
         op.register_kernel("cpu")(function)
     try:
         with patch.multiple(csr_linear, _CHUNKS=1, _PROGRAMS=1), patch.object(csr_index, "group_of", lambda lines: 32):
             yield
     finally:
-        for op, function in zip(OPS, before, strict=True):
+        for op, function in zip(ops, before, strict=True):
             op.register_kernel("cpu")(function)
 
 

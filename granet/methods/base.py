@@ -7,7 +7,7 @@ every update with the Topology to change.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
     from granet.topology import Layer, Topology
 
 Time = int | float | str
+
+
+@dataclass(frozen=True)
+class MaskUpdate:
+    """An update in numbers, as granet_kernels.update_masks_ takes it.
+
+    Attributes:
+        keep: units after the pruning, one number overall or one for each layer; None = no pruning.
+        ratio: fraction of a layer's kept units to exchange by |gradient|; None = no exchange.
+        round_up: whether the number of units exchanged is rounded up.
+        keep_regrown: whether a unit dropped and regrown keeps its value and optimizer state.
+    """
+
+    keep: int | list[int] | None
+    ratio: float | None
+    round_up: bool = False
+    keep_regrown: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +129,13 @@ class Method:
             self.prune(topology, step)
         if self.exchanges(step):
             self.exchange(topology, step)
+
+    def as_update(self, layers: Sequence[Layer], step: int) -> MaskUpdate | None:
+        """What `update` does at `step` as numbers, for one op that does all of it; None if they do not say it all.
+
+        A class that is made from one with numbers may do something else, so these are of a class itself.
+        """
+        return None
 
     def prune(self, topology: Topology, step: int) -> None:
         """Lower the number of kept units to what `step` asks for."""
@@ -209,10 +233,12 @@ class Gradual(Periodic):
         return step % self._every == 0 or step == self._end
 
     def prune(self, topology: Topology, step: int) -> None:
-        counts = self.counts_at(topology.layers, step)
-        if not isinstance(counts, int):
-            counts = _within(counts, topology.counts())
-        topology.prune(topology.magnitude(), counts)
+        topology.prune(topology.magnitude(), self.keep_at(topology.layers, topology.counts, step))
+
+    def keep_at(self, layers: Sequence[Layer], kept: Callable[[], list[int]], step: int) -> int | list[int]:
+        """`counts_at`, with no layer above what it keeps now."""
+        counts = self.counts_at(layers, step)
+        return counts if isinstance(counts, int) else _within(counts, kept())
 
     def counts_at(self, layers: Sequence[Layer], step: int) -> int | list[int]:
         """Kept units after the pruning of `step`: one number for all layers together, or one for each."""

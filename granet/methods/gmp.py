@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from granet.distribution import capped_uniform_counts
-from granet.methods.base import Gradual
+from granet.methods.base import Gradual, MaskUpdate
 
 if TYPE_CHECKING:
     from granet.topology import Layer, Topology
@@ -61,6 +61,11 @@ class GMP(Gradual):
             topology.select(topology.magnitude(), self.counts_at(topology.layers, step))
         else:
             super().prune(topology, step)
+
+    def as_update(self, layers: Sequence[Layer], step: int) -> MaskUpdate | None:
+        if type(self) is not GMP or self.form == "mask":
+            return None
+        return MaskUpdate(self.keep_at(layers, lambda: [layer.kept for layer in layers], step), None)
 
     def _capped(self, layers: Sequence[Layer], step: int) -> list[int]:
         for pattern in self.max_sparsity:

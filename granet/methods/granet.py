@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from granet.methods.base import Exchange, Gradual
+from granet.methods.base import Exchange, Gradual, MaskUpdate
 from granet.schedule import cosine
+
+if TYPE_CHECKING:
+    from granet.topology import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,13 @@ class GraNet(Gradual, Exchange):
 
     def exchanges(self, step: int) -> bool:
         return super().exchanges(step) and (self.regrow_until == "end" or step <= self._end)
+
+    def as_update(self, layers: Sequence[Layer], step: int) -> MaskUpdate | None:
+        if type(self) is not GraNet:
+            return None
+        keep = self.keep_at(layers, lambda: [layer.kept for layer in layers], step) if self.prunes(step) else None
+        ratio = self.ratio_at(step) if self.exchanges(step) else None
+        return MaskUpdate(keep, ratio, round_up=True, keep_regrown=self.keeps_regrown)
 
     def ratio_at(self, step: int) -> float:
         return cosine(step, self._last + 1, self.regrow_ratio, self.final_regrow_ratio)

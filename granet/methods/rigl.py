@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from granet.methods.base import Exchange, Time
+from granet.methods.base import Exchange, MaskUpdate, Time
 from granet.schedule import cosine
+
+if TYPE_CHECKING:
+    from granet.topology import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,11 @@ class RigL(Exchange):
 
     def exchanges(self, step: int) -> bool:
         return super().exchanges(step) and step < self._until  # the ratio is 0 there
+
+    def as_update(self, layers: Sequence[Layer], step: int) -> MaskUpdate | None:
+        if type(self) is not RigL:
+            return None
+        return MaskUpdate(None, self.ratio_at(step), keep_regrown=self.keeps_regrown)
 
     def ratio_at(self, step: int) -> float:
         return cosine(step, self._until, self.drop_ratio, 0.0)

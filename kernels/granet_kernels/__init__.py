@@ -8,7 +8,8 @@ dispatcher know. ``granet_kernels.reference`` specifies what they compute, ``gra
 import granet_kernels.cpu_backend.norm
 import granet_kernels.cpu_backend.ops
 import granet_kernels.cpu_backend.pool
-import granet_kernels.cpu_backend.topk  # noqa: F401  They register implementations.
+import granet_kernels.cpu_backend.topk
+import granet_kernels.triton_backend.dispatch  # noqa: F401  They register implementations.
 from granet_kernels import plan
 from granet_kernels.conv2d import conv2d
 from granet_kernels.event import update_masks_

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from granet_kernels import plan
+from granet_kernels.event import update_masks_parts
 from granet_kernels.linear import linear, linear_dgrad_op, linear_op, linear_wgrad_op
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
 
@@ -177,6 +178,12 @@ def test_where_the_kernels_are_not_wanted_the_reference_runs(wanted, device, mon
     close(dispatch._linear_dgrad(grad, weight, mask, None), linear_dgrad_ref(grad, weight, mask))
     close(dispatch._linear_wgrad(grad, x, mask, None), linear_wgrad_ref(grad, x, mask))
     scores, counts, bounds = torch.randn(9, device=device), torch.tensor([2]), torch.tensor([0, 9])
+    own, twin = [scores.clone()], [scores.clone()]
+    for update, weights in ((dispatch._update_masks, own), (update_masks_parts, twin)):
+        kept = [torch.ones(9, dtype=torch.bool, device=device)]
+        assert update(kept, weights, [], [], [], [], [4], None, False, [True], True).tolist() == [4]
+        assert torch.equal(kept[0], weights[0] != 0)
+    assert torch.equal(own[0], twin[0])
     selected = dispatch._topk_mask([scores], counts, bounds, None, False)
     assert set(selected.nonzero().flatten().tolist()) == set(scores.topk(2).indices.tolist())
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from granet_kernels.event import update_masks_op, update_masks_parts
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
 from granet_kernels.topk import topk_mask_of_parts, topk_mask_op
@@ -21,6 +22,28 @@ def _topk_mask(
     from granet_kernels.triton_backend.topk import topk_mask_triton
 
     return topk_mask_triton(scores, counts, offsets, eligible, absolute)
+
+
+@update_masks_op.register_kernel("cuda")
+def _update_masks(
+    masks: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    growth: Sequence[Tensor],
+    states: Sequence[Tensor],
+    owners: Sequence[int],
+    fills: Sequence[float],
+    keep: Sequence[int] | None,
+    ratio: float | None,
+    round_up: bool,
+    can_grow: Sequence[bool],
+    keep_regrown: bool,
+) -> Tensor:
+    given = masks, weights, growth, states, owners, fills, keep, ratio, round_up, can_grow, keep_regrown
+    if not support.is_available(masks[0].device):
+        return update_masks_parts(*given)
+    from granet_kernels.triton_backend.event import update_masks_triton
+
+    return update_masks_triton(*given)
 
 
 @linear_op.register_kernel("cuda")
