@@ -181,6 +181,8 @@ def all_runs(layer: Layer, direction: str) -> dict[str, Run]:
         runs["csr"] = layer.cusparse(direction)
     elif case.block > 1 and direction == "forward" and layer.on.type == "cuda":
         runs["torch bsr"] = layer.bsr()
+    if case.block == 1 and direction == "wgrad":
+        runs["granet, dense tiles"] = partial(sampled_linear_wgrad, layer.grad, layer.x, layer.mask)
     return runs
 
 

@@ -22,24 +22,13 @@ DENSE = {"_sampled_tile_kernel"}
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(codegen_csv):
     """Compiled in a process of its own: in this one Triton may be interpreting."""
-    path = tmp_path_factory.mktemp("codegen") / "codegen.csv"
-    run("-m", "bench.codegen", "--csv", str(path), TRITON_CACHE_DIR=str(path.parent / "cache"))
-    with path.open() as file:
+    with codegen_csv.open() as file:
         return [
             {name: int(value) if value.isdecimal() else value for name, value in row.items()}
             for row in csv.DictReader(file)
         ]
-
-
-def run(*arguments, **environment):
-    """The output of Python in a process in which Triton does not interpret."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
 
 
 def names(rows):
@@ -113,7 +102,9 @@ print(*(each.kernel.__name__ for each in distinct(found)))
 
 def test_a_change_of_the_mask_compiles_nothing_anew():
     """Of few blocks wgrad is summed in parts, of many at once, by the same kernel."""
-    launched, compiled = (Counter(line.split()) for line in run("-c", LAUNCHES).splitlines())
+    command, environment = [sys.executable, "-c", LAUNCHES], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True, stdout=subprocess.PIPE)
+    launched, compiled = (Counter(line.split()) for line in done.stdout.decode().splitlines())
     assert launched == {"_block_matmul_kernel": 2, "_block_wgrad_kernel": 2, "_block_wgrad_sum_kernel": 1}
     assert set(compiled) == set(launched)
     assert set(compiled.values()) == {1}

@@ -29,7 +29,14 @@ def test_dry_run(tmp_path):
     assert {row["implementation"] for row in rows} >= {"granet", "granet, segments", "torch.topk", "torch.kthvalue"}
     assert all(float(row["ms_median"]) > 0 for row in rows)
     for name, implementations in {
-        "linear_gpu": {"granet", "granet, one graph", "dense float32 (IEEE)", "dense tf32", "csr"},
+        "linear_gpu": {
+            "granet",
+            "granet, one graph",
+            "granet, dense tiles",
+            "dense float32 (IEEE)",
+            "dense tf32",
+            "csr",
+        },
         "event_gpu": {"granet", "granet, selection by selection", "torch.topk by layer"},
     }.items():
         with (tmp_path / f"{name}.csv").open() as file:
