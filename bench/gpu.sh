@@ -53,11 +53,11 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
 
 if [ -n "$DRY" ]; then
   export TRITON_INTERPRET=1
-  stage "tests" 240 "$PYTHON" -m pytest -q --collect-only -k "cuda or interpreted" tests/kernels
+  stage "tests" 240 "$PYTHON" -m pytest -q --collect-only -k "cuda or triton or event" tests/kernels
 else
   # Most of their time goes to compiling, which several processes do side by side.
   parallel=$("$PYTHON" -c 'import xdist' 2> /dev/null && echo "-n 8")
-  stage "tests" 150 "$PYTHON" -m pytest -q $parallel -k cuda tests/kernels
+  stage "tests" 150 "$PYTHON" -m pytest -q $parallel -k "cuda or triton or event" tests/kernels
 fi
 stage "selection" 60 "$PYTHON" -m bench.topk_gpu --seconds 30 --csv "$OUT/topk_gpu.csv" $DRY
 stage "linear" 120 "$PYTHON" -m bench.linear_gpu --seconds 60 --csv "$OUT/linear_gpu.csv" $DRY

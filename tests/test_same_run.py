@@ -1,4 +1,6 @@
-"""One run on three implementations: the reference, the native CPU kernels, and the Triton kernels, interpreted.
+"""One run on three implementations: the reference, the native CPU kernels, and the Triton kernels.
+
+The latter are interpreted, unless there is a CUDA device.
 
 GraNet from half the weights to a tenth, on real digits: the masks are the same at every update, and the losses are the
 same but for rounding.
@@ -6,6 +8,7 @@ same but for rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -48,6 +51,10 @@ def native() -> Iterator[None]:
 @contextmanager
 def triton() -> Iterator[None]:
     """What is registered for CUDA, on tensors in CPU memory; cut into fewer programs, which are interpreted in turn."""
+    if torch.cuda.is_available():
+        with patch.dict(os.environ, {"GRANET_TRITON": "1"}):
+            yield
+        return
     from granet_kernels.triton_backend import csr_index, csr_linear
     from granet_kernels.triton_backend.event import update_masks_triton
     from granet_kernels.triton_backend.linear import linear_dgrad_triton, linear_triton, linear_wgrad_triton
@@ -66,12 +73,13 @@ def triton() -> Iterator[None]:
             op.register_kernel("cpu")(function)
 
 
-def train() -> tuple[list[torch.Tensor], list[float]]:
+def train(device: str = "cpu") -> tuple[list[torch.Tensor], list[float]]:
     """The kept units after each update, and the losses."""
     torch.manual_seed(0)
     digits = read_digits()
     images, labels = digits.train_images.float() / 16 - 0.5, digits.train_labels
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    images, labels, model = images.to(device), labels.to(device), model.to(device)
     model = granet.sparsify(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     method = granet.methods.GraNet(
@@ -87,7 +95,7 @@ def train() -> tuple[list[torch.Tensor], list[float]]:
         optimizer.step()
         losses.append(loss.item())
         if method.is_update(step):
-            kept.append(sparsifier.kept())
+            kept.append(sparsifier.kept().cpu())
     return kept, losses
 
 
@@ -97,10 +105,19 @@ def of_reference() -> tuple[list[torch.Tensor], list[float]]:
         return train()
 
 
-@pytest.mark.parametrize("implementation", [native, triton])
-def test_the_same_masks_and_losses(implementation, of_reference):
+ON = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device"),
+    [
+        pytest.param(native, "cpu", id="native"),
+        pytest.param(triton, ON, id="cuda" if ON == "cuda" else "interpreted"),
+    ],
+)
+def test_the_same_masks_and_losses(implementation, device, of_reference):
     with implementation():
-        masks, losses = train()
+        masks, losses = train(device)
     expected_masks, expected_losses = of_reference
     assert len(masks) == len(expected_masks) == (STEPS - 1) // UPDATE_EVERY
     assert len({int(mask.count_nonzero()) for mask in masks}) > 3
