@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -236,6 +237,26 @@ def test_fixed_modes_measure_nothing(mode):
     assert machine.plan.summary().seconds == 0
     assert machine.site.times.as_data() == {"dense": [], "native": {}}
     assert machine.site.choices == {}
+
+
+def test_an_implementation_names_the_density_of_its_rule():
+    machine = Machine(1e-3, lambda density: 1.0, mode="rule")
+    site = machine.plan.site("another", rule_density=0.1)
+    assert [machine.call(mask_of(density), site) for density in (0.05, 0.1, 0.11, 0.5)] == [
+        NATIVE,
+        NATIVE,
+        DENSE,
+        DENSE,
+    ]
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_masks_on_a_gpu_concern_the_plan_where_its_kernels_run(available, monkeypatch):
+    """Those of linear layers; convolutions have no kernels there."""
+    monkeypatch.setattr(plan.support, "is_available", lambda device: available)
+    linear, conv2d = (types.SimpleNamespace(device=torch.device("cuda"), dim=lambda n=n: n) for n in (2, 4))
+    assert plan.concerns(linear) is available
+    assert not plan.concerns(conv2d)
 
 
 def test_the_rule_is_native_up_to_a_density():
