@@ -118,7 +118,7 @@ class Network:
         here = Network.__new__(Network)
         here.keep = self.keep
         for name in ("masks", "weights", "growth", "momentum"):
-            setattr(here, name, [each.cpu() for each in getattr(self, name)])
+            setattr(here, name, [each.cpu().clone() for each in getattr(self, name)])
         expected, totals = here.update(update_masks_parts), self.update(update_masks_triton)
         pairs = [(totals, expected)]
         for name in ("masks", "weights", "momentum"):

@@ -30,7 +30,7 @@ stage() {
   local name=$1 seconds=$2 began=$SECONDS
   shift 2
   echo "== $name" | tee -a "$OUT/gpu.log"
-  timeout "$seconds" "$@" 2>&1 | tee -a "$OUT/gpu.log" | tail -n 60
+  timeout -s INT -k 10 "$seconds" "$@" 2>&1 | tee -a "$OUT/gpu.log" | tail -n 60
   local ended=${PIPESTATUS[0]}
   if [ "$ended" != 0 ]; then
     echo "== $name: failed with status $ended (124: over $seconds s)" | tee -a "$OUT/gpu.log"
@@ -57,14 +57,15 @@ if [ -n "$DRY" ]; then
 else
   # Most of their time goes to compiling, which several processes do side by side.
   parallel=$("$PYTHON" -c 'import xdist' 2> /dev/null && echo "-n 8")
-  stage "tests" 150 "$PYTHON" -m pytest -q $parallel -k "cuda or triton or event" tests/kernels
+  stage "tests" 150 "$PYTHON" -m pytest -q --tb=short $parallel -k "cuda or triton or event" tests/kernels
 fi
 stage "selection" 60 "$PYTHON" -m bench.topk_gpu --seconds 30 --csv "$OUT/topk_gpu.csv" $DRY
 stage "linear" 120 "$PYTHON" -m bench.linear_gpu --seconds 60 --csv "$OUT/linear_gpu.csv" $DRY
-stage "update" 30 "$PYTHON" -m bench.event_gpu --seconds 10 --csv "$OUT/event_gpu.csv" $DRY
+stage "update" 60 "$PYTHON" -m bench.event_gpu --seconds 10 --csv "$OUT/event_gpu.csv" $DRY
 stage "tilings" 120 "$PYTHON" -m bench.linear_gpu --tilings --seconds 40 --csv "$OUT/tilings_gpu.csv" $DRY
 if [ -z "$DRY" ]; then
-  # Not all of what these import need be there.
-  stage "other tests" 50 "$PYTHON" -m pytest -q --continue-on-collection-errors -k cuda --ignore tests/kernels tests
+  # Those of the others whose imports need no more than the above.
+  stage "other tests" 50 "$PYTHON" -m pytest -q --tb=short -k "cuda or on_the_gpu" \
+    tests/test_same_run.py tests/test_granularity.py tests/data/test_memory_split.py
 fi
 exit $status

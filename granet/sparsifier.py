@@ -65,7 +65,7 @@ class Sparsifier:
         self.explored = torch.zeros_like(start.kept) if method.records_exploration else None
         self._owners = {layer.name: self._optimizer_of(layer) for layer in self.layers}
         owned = [(layer, self._owners[layer.name]) for layer in self.layers]
-        dense_wgrad = torch.zeros((), dtype=torch.bool)
+        dense_wgrad = torch.zeros((), dtype=torch.bool, device="cpu")
         self._tap = GradientTap(owned, dense_wgrad)
         self._nesting = StepNesting()
         self._guard = OffMaskGuard(owned, self._tap) if method.zeroing else None

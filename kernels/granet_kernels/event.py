@@ -41,17 +41,17 @@ def update_masks_parts(
         keep: units after the pruning, one number overall or one for each layer.
     """
     weights = [weight.detach() for weight in weights]
-    offsets = torch.tensor([0, *accumulate(mask.numel() for mask in masks)])
+    offsets = torch.tensor([0, *accumulate(mask.numel() for mask in masks)], device="cpu")
     kept = torch.cat([mask.reshape(-1) for mask in masks])
     if keep is not None:
         bounds = offsets if len(keep) == len(masks) else offsets[[0, -1]]
-        counts = torch.minimum(torch.tensor(keep, dtype=torch.int64), _kept_units(kept, bounds))
+        counts = torch.minimum(torch.tensor(keep, dtype=torch.int64, device="cpu"), _kept_units(kept, bounds))
         kept = topk_mask_op(weights, counts, bounds, kept, True)
     totals = _kept_units(kept, offsets)
     final = survivors = kept
     if ratio is not None:
         amounts = [exchanged(total, ratio, round_up) if can else 0 for total, can in _zip(totals.tolist(), can_grow)]
-        amount = torch.tensor(amounts, dtype=torch.int64)
+        amount = torch.tensor(amounts, dtype=torch.int64, device="cpu")
         dropped = topk_mask_op(weights, totals - amount, offsets, kept, True)
         final = topk_mask_op(growth, amount, offsets, ~dropped, True) | dropped
         survivors = kept & final if keep_regrown else dropped

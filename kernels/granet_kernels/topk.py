@@ -143,7 +143,7 @@ def check_buffers(
         if units.shape != (total,):
             raise ValueError(f"{op}: expected {name} of the scores' shape ({total},), got shape {tuple(units.shape)}")
     if offsets is None:
-        return parts, torch.tensor([0, total])
+        return parts, torch.tensor([0, total], device="cpu")
     bounds = int64_vector(op, "offsets", offsets)
     if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != total or (bounds.diff() < 0).any():
         raise ValueError(

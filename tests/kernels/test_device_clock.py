@@ -77,8 +77,19 @@ def test_calls_that_nobody_asks_for_do_not_pile_up(heard):
     assert len(heard) == 4
 
 
-def test_nothing_is_timed_on_a_cpu_or_in_a_graph(monkeypatch):
-    assert not device_clock.can_time(torch.device("cpu"))
-    for capturing in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert device_clock.can_time(torch.device("cuda")) is not capturing
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_times_of_a_cuda_device():
+    mask = torch.ones(2, 2, dtype=torch.bool, device="cuda")
+    site = plan.site("a site on a cuda device")
+    for _ in range(3):
+        device_clock.timed(
+            lambda: torch.ones(1000, 1000, device="cuda") @ torch.ones(1000, 1000, device="cuda"),
+            site,
+            layout_of(mask),
+            plan.NATIVE,
+            True,
+        )
+    torch.cuda.synchronize()
+    device_clock.collect()
+    assert site.times.samples(plan.NATIVE, 0) == 3
+    assert 0 < site.times.time(plan.NATIVE, 0) < 1

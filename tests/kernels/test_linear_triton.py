@@ -15,7 +15,7 @@ from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_
 
 pytest.importorskip("triton")
 
-from granet_kernels.triton_backend import dispatch, support
+from granet_kernels.triton_backend import chip, dispatch, support
 from granet_kernels.triton_backend import linear as triton_linear
 from granet_kernels.triton_backend.linear import linear_dgrad_triton, linear_triton, linear_wgrad_triton
 
@@ -95,7 +95,10 @@ def test_other_dtypes(dtype, direction, device, assert_as_accurate):
     values = operands(5, mask, dtype)
     wide = {name: value.double() for name, value in values.items()}
     got = run(direction, values, mask, device)
-    assert_as_accurate(got, reference(direction, values, mask), reference(direction, wide, mask))
+    if dtype == torch.float64:  # by torch itself, on whatever device
+        torch.testing.assert_close(got, reference(direction, values, mask), rtol=1e-12, atol=1e-12)
+    else:
+        assert_as_accurate(got, reference(direction, values, mask), reference(direction, wide, mask))
 
 
 @pytest.mark.parametrize(("n", "shape"), [(0, (4, 5)), (3, (0, 5)), (3, (4, 0))])
@@ -186,6 +189,40 @@ def test_where_the_kernels_are_not_wanted_the_reference_runs(wanted, device, mon
     assert torch.equal(own[0], twin[0])
     selected = dispatch._topk_mask([scores], counts, bounds, None, False)
     assert set(selected.nonzero().flatten().tolist()) == set(scores.topk(2).indices.tolist())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_follows_the_mask():
+    mask = MASKS["unstructured"]().to("cuda")
+    values = {name: value.to("cuda") for name, value in operands(4, mask).items()}
+    x, weight = values["x"], values["weight"]
+    linear_triton(x, weight, mask, None, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear_triton(x, weight, mask, None, None)
+    for _ in range(2):
+        mask.copy_(torch.rand(mask.shape, device="cuda") < 0.3)
+        graph.replay()
+        torch.testing.assert_close(y, linear_ref(x, weight, mask))
+
+
+def test_either_way_to_allow_tf32(monkeypatch):
+    """torch raises if it is asked in the old way after it was told in the new one."""
+    assert chip.allows_tf32() is torch.backends.cuda.matmul.allow_tf32
+
+    class Told:
+        fp32_precision = "tf32"
+
+        @property
+        def allow_tf32(self):
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    told = Told()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", told)
+    assert chip.allows_tf32()
+    told.fp32_precision = "ieee"
+    assert not chip.allows_tf32()
 
 
 def test_sites_by_kind(device):

@@ -167,6 +167,25 @@ def test_tables_are_kept_and_forgotten(device, monkeypatch):
         table.table_of([each], [0, 10])
     assert len(table._tables) <= 64
     assert table.table_of(scores[:1], [0, 10]) is not first
+    assert first != table.table_of(scores[:2], [0, 20])  # a comparison of their tensors would wait, or raise
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_captured_graphs():
+    scores, counts = torch.randn(5000, device="cuda"), torch.tensor([20, 30], device="cuda")
+    graphs, masks = [], []
+    for bounds in ([0, 5000, 5000], [0, 100, 5000]):
+        given = [scores], counts * torch.tensor([1, len(set(bounds)) - 2], device="cuda"), torch.tensor(bounds)
+        topk_mask_triton(*given, None, True)
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            masks.append(topk_mask_triton(*given, None, True))
+    scores.normal_()
+    for graph, mask, expected in zip(graphs, masks, (20, 50), strict=True):
+        graph.replay()
+        assert int(mask.count_nonzero()) == expected
+        assert bool(mask[scores[:100].abs().argmax()]) or expected == 20
 
 
 @settings(deadline=None, max_examples=40)

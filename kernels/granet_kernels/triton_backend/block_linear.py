@@ -177,5 +177,5 @@ def _rows_contiguous(values: Tensor) -> Tensor:
 
 def _precision(values: Tensor) -> str:
     """What torch does with float32 in a Linear layer: IEEE, unless it has been allowed TF32."""
-    allowed = values.dtype == torch.float32 and values.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    allowed = values.dtype == torch.float32 and values.is_cuda and chip.allows_tf32()
     return "tf32" if allowed else "ieee"

@@ -26,3 +26,12 @@ def processors(device: torch.device) -> int:
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether Triton multiplies on tensor cores there; it has left those of Volta and Turing."""
     return capability(device) >= (8, 0)
+
+
+def allows_tf32() -> bool:
+    """Whether torch may round the operands of float32 products. It has two ways to say so: once the new one is used,
+    the old one raises."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

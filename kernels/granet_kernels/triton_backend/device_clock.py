@@ -52,8 +52,3 @@ def collect() -> None:
             return
         seconds = call.begin.elapsed_time(call.end) / 1000
         plan.record(call.site, call.layout, call.implementation, seconds, call.warm)
-
-
-def can_time(device: torch.device) -> bool:
-    """Whether events can be recorded and asked for: on a CUDA device, outside the capture of a graph."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()

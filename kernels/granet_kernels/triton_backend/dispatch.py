@@ -1,9 +1,13 @@
-"""Where the ops find the Triton kernels of a CUDA device. They are imported when the first tensor of one comes by."""
+"""Where the ops find the Triton kernels of a CUDA device. They are imported when the first tensor of one comes by.
+
+Triton launches on the current device, so that has to be the one of the operands.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from granet_kernels.event import update_masks_op, update_masks_parts
@@ -21,7 +25,8 @@ def _topk_mask(
         return topk_mask_of_parts(scores, counts, offsets, eligible, absolute)
     from granet_kernels.triton_backend.topk import topk_mask_triton
 
-    return topk_mask_triton(scores, counts, offsets, eligible, absolute)
+    with torch.cuda.device_of(scores[0]):
+        return topk_mask_triton(scores, counts, offsets, eligible, absolute)
 
 
 @update_masks_op.register_kernel("cuda")
@@ -43,7 +48,8 @@ def _update_masks(
         return update_masks_parts(*given)
     from granet_kernels.triton_backend.event import update_masks_triton
 
-    return update_masks_triton(*given)
+    with torch.cuda.device_of(masks[0]):
+        return update_masks_triton(*given)
 
 
 @linear_op.register_kernel("cuda")
@@ -52,7 +58,8 @@ def _linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_
         return linear_ref(x, weight, mask, bias)
     from granet_kernels.triton_backend.linear import linear_triton
 
-    return linear_triton(x, weight, mask, bias, dense_wgrad)
+    with torch.cuda.device_of(x):
+        return linear_triton(x, weight, mask, bias, dense_wgrad)
 
 
 @linear_dgrad_op.register_kernel("cuda")
@@ -61,7 +68,8 @@ def _linear_dgrad(grad: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tenso
         return linear_dgrad_ref(grad, weight, mask)
     from granet_kernels.triton_backend.linear import linear_dgrad_triton
 
-    return linear_dgrad_triton(grad, weight, mask, dense_wgrad)
+    with torch.cuda.device_of(grad):
+        return linear_dgrad_triton(grad, weight, mask, dense_wgrad)
 
 
 @linear_wgrad_op.register_kernel("cuda")
@@ -70,4 +78,5 @@ def _linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, dense_wgrad: Tensor | N
         return linear_wgrad_ref(grad, x, mask, dense_wgrad)
     from granet_kernels.triton_backend.linear import linear_wgrad_triton
 
-    return linear_wgrad_triton(grad, x, mask, dense_wgrad)
+    with torch.cuda.device_of(grad):
+        return linear_wgrad_triton(grad, x, mask, dense_wgrad)

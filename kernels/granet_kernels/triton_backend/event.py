@@ -120,14 +120,16 @@ def _numbers_of(
     ]
     padded = [part + [0] * (len(part) % 2) for part in parts]  # so that each begins at a multiple of 16 bytes
     # From memory that is not pinned, a copy that does not block has read everything when it returns.
-    flat = torch.tensor([number for part in padded for number in part], dtype=torch.int64)
+    flat = torch.tensor([number for part in padded for number in part], dtype=torch.int64, device="cpu")
     split = flat.to(device, non_blocking=True).split([len(part) for part in padded])
     counts, flags, bits, first_fills, rows_ = (each[: len(part)] for each, part in zip(split, parts, strict=True))
     return _Numbers(None if keep is None else counts, flags, bits.view(torch.float64), first_fills, rows_)
 
 
 def _bits(fill: float, dtype: torch.dtype) -> int:
-    return int(torch.tensor(fill, dtype=dtype).view(torch.int16 if dtype == torch.bfloat16 else torch.int32))
+    return int(
+        torch.tensor(fill, dtype=dtype, device="cpu").view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
+    )
 
 
 def _prune(

@@ -87,7 +87,13 @@ def _run(
     sparse: Callable[[BlockIndex | None], Tensor],
     dense: Callable[[bool], Tensor],
 ) -> Tensor:
-    """What the plan chooses for a call, timed where the plan wants to know."""
+    """What the plan chooses for a call, timed where the plan wants to know.
+
+    A graph that is captured gets the dense operations: they read the mask itself, at every replay, where an index would
+    be that of the mask as it was.
+    """
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return dense(False)
     layout = layout_of(mask)
     full = layout.nnz == layout.numel
     if first.dtype not in DTYPES or 0 in (first.numel(), mask.numel()):
@@ -99,7 +105,7 @@ def _run(
     def run() -> Tensor:
         return sparse(index) if implementation == plan.NATIVE else dense(full)
 
-    if timed and device_clock.can_time(first.device):
+    if timed and first.is_cuda:
         warm = plan.is_warm(site, direction, layout)
         result = device_clock.timed(run, site, layout, implementation, warm)
     else:
@@ -110,7 +116,7 @@ def _run(
 
 def _site(direction: str, first: Tensor, mask: Tensor, index: BlockIndex | None) -> plan.Site:
     """The plan's site, e.g. "linear forward 512 * 1024x1024, float32, block 64, NVIDIA H200"."""
-    fast = torch.backends.cuda.matmul.allow_tf32 or first.dtype != torch.float32
+    fast = first.dtype != torch.float32 or chip.allows_tf32()
     key = direction, first.shape[0], mask.shape, first.dtype, first.device, fast, None if index is None else index.size
     site = _sites.get(key)
     if site is None:

@@ -19,7 +19,7 @@ LARGE = 2**24  # units, from which on a program takes several blocks, one after 
 _MOST_TABLES = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two of the same content are two buffers
 class Table:
     """One selection as the kernels see it.
 
