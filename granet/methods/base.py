@@ -6,7 +6,6 @@ every update with the Topology to change.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from granet.distribution import DISTRIBUTIONS, kept_units, layer_counts
 from granet.schedule import cubic_sparsity, resolve_time
+from granet_kernels.event import exchanged
 
 if TYPE_CHECKING:
     from granet.topology import Layer, Topology
@@ -275,7 +275,7 @@ class Exchange(Periodic):
 
     def drop_count(self, ratio: float, kept: int) -> int:
         """Units to exchange out of `kept`: rounded down, unless the method's authors do otherwise."""
-        return math.floor(ratio * kept + 1e-9)
+        return exchanged(kept, ratio, round_up=False)
 
     @property
     def keeps_regrown(self) -> bool:

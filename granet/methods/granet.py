@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from granet.methods.base import Exchange, Gradual, MaskUpdate
 from granet.schedule import cosine
+from granet_kernels.event import exchanged
 
 if TYPE_CHECKING:
     from granet.topology import Layer
@@ -71,4 +71,4 @@ class GraNet(Gradual, Exchange):
         return cosine(step, self._last + 1, self.regrow_ratio, self.final_regrow_ratio)
 
     def drop_count(self, ratio: float, kept: int) -> int:
-        return math.ceil(ratio * kept - 1e-9)
+        return exchanged(kept, ratio, round_up=True)

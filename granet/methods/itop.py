@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from granet.methods.base import Exchange, Time
 from granet.schedule import cosine
+from granet_kernels.event import exchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +54,4 @@ class ITOP(Exchange):
         return cosine(step, self._last + 1, self.drop_ratio, self.final_drop_ratio)
 
     def drop_count(self, ratio: float, kept: int) -> int:
-        return math.ceil(ratio * kept - 1e-9)
+        return exchanged(kept, ratio, round_up=True)
