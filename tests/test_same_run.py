@@ -22,6 +22,7 @@ import granet
 from granet.data.named import read_digits
 from granet_kernels import plan
 from granet_kernels.cpu_backend import library
+from granet_kernels.cpu_backend.topk import topk_mask_cpu
 from granet_kernels.event import update_masks_op, update_masks_parts
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 from granet_kernels.topk import topk_mask_op
@@ -29,15 +30,16 @@ from granet_kernels.topk import topk_mask_op
 pytest.importorskip("triton")
 
 STEPS, UPDATE_EVERY, BATCH = 200, 20, 32
-OPS = (linear_op, linear_dgrad_op, linear_wgrad_op, topk_mask_op)
+LAYER_OPS = (linear_op, linear_dgrad_op, linear_wgrad_op)
 
 
 @contextmanager
 def reference() -> Iterator[None]:
     """Nothing that is registered for a CPU."""
     with ExitStack() as stack:
-        for op in OPS:
-            stack.enter_context(op.set_kernel_enabled("cpu", False))
+        for op in LAYER_OPS:
+            stack.enter_context(op.computed_by("cpu", op.reference))
+        stack.enter_context(topk_mask_op.set_kernel_enabled("cpu", False))
         yield
 
 
@@ -60,17 +62,17 @@ def triton() -> Iterator[None]:
     from granet_kernels.triton_backend.linear import linear_dgrad_triton, linear_triton, linear_wgrad_triton
     from granet_kernels.triton_backend.topk import topk_mask_triton
 
-    functions = linear_triton, linear_dgrad_triton, linear_wgrad_triton, topk_mask_triton, update_masks_triton
-    ops = (*OPS, update_masks_op)
-    before = [*(op._backend_fns["cpu"] for op in OPS), update_masks_parts]
-    for op, function in zip(ops, functions, strict=True):
-        op.register_kernel("cpu")(function)
-    try:
-        with patch.multiple(csr_linear, _CHUNKS=1, _PROGRAMS=1), patch.object(csr_index, "group_of", lambda lines: 32):
-            yield
-    finally:
-        for op, function in zip(ops, before, strict=True):
-            op.register_kernel("cpu")(function)
+    selections = {topk_mask_op: topk_mask_triton, update_masks_op: update_masks_triton}
+    before = {topk_mask_op: topk_mask_cpu, update_masks_op: update_masks_parts}
+    with ExitStack() as stack:
+        for op, function in zip(LAYER_OPS, (linear_triton, linear_dgrad_triton, linear_wgrad_triton), strict=True):
+            stack.enter_context(op.computed_by("cpu", function))
+        for selection, function in selections.items():
+            selection.register_kernel("cpu")(function)
+            stack.callback(selection.register_kernel("cpu"), before[selection])
+        stack.enter_context(patch.multiple(csr_linear, _CHUNKS=1, _PROGRAMS=1))
+        stack.enter_context(patch.object(csr_index, "group_of", lambda lines: 32))
+        yield
 
 
 def train(device: str = "cpu") -> tuple[list[torch.Tensor], list[float]]:

@@ -16,27 +16,25 @@ from torch.utils.flop_counter import register_flop_formula
 
 from granet_kernels.checks import check_operands
 from granet_kernels.cpu_backend import plain
+from granet_kernels.op import Op
 from granet_kernels.reference import conv2d_dgrad_ref, conv2d_ref, conv2d_wgrad_ref, image_format
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
-conv2d_op = torch.library.custom_op(
+conv2d_op = Op(
     "granet::conv2d",
     conv2d_ref,
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor mask, Tensor? bias, {_GEOMETRY}, Tensor? dense_wgrad) -> Tensor",
+    f"(Tensor x, Tensor weight, Tensor mask, Tensor? bias, {_GEOMETRY}, Tensor? dense_wgrad) -> Tensor",
 )
-conv2d_dgrad_op = torch.library.custom_op(
+conv2d_dgrad_op = Op(
     "granet::conv2d_dgrad",
     conv2d_dgrad_ref,
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor weight, Tensor mask, SymInt[] x_shape, {_GEOMETRY}, Tensor? dense_wgrad) -> Tensor",
+    f"(Tensor grad, Tensor weight, Tensor mask, SymInt[] x_shape, {_GEOMETRY}, Tensor? dense_wgrad) -> Tensor",
 )
-conv2d_wgrad_op = torch.library.custom_op(
+conv2d_wgrad_op = Op(
     "granet::conv2d_wgrad",
     conv2d_wgrad_ref,
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor mask, {_GEOMETRY}, Tensor? dense_wgrad) -> Tensor",
+    f"(Tensor grad, Tensor x, Tensor mask, {_GEOMETRY}, Tensor? dense_wgrad) -> Tensor",
 )
 
 

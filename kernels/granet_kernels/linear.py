@@ -14,25 +14,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 from granet_kernels.checks import check_operands
 from granet_kernels.cpu_backend import plain
+from granet_kernels.op import Op
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
 
-linear_op = torch.library.custom_op(
+linear_op = Op(
     "granet::linear",
     linear_ref,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? dense_wgrad) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? dense_wgrad) -> Tensor",
 )
-linear_dgrad_op = torch.library.custom_op(
+linear_dgrad_op = Op(
     "granet::linear_dgrad",
     linear_dgrad_ref,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor weight, Tensor mask, Tensor? dense_wgrad) -> Tensor",
+    "(Tensor grad, Tensor weight, Tensor mask, Tensor? dense_wgrad) -> Tensor",
 )
-linear_wgrad_op = torch.library.custom_op(
+linear_wgrad_op = Op(
     "granet::linear_wgrad",
     linear_wgrad_ref,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor mask, Tensor? dense_wgrad) -> Tensor",
+    "(Tensor grad, Tensor x, Tensor mask, Tensor? dense_wgrad) -> Tensor",
 )
 
 

@@ -13,20 +13,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from granet_kernels.checks import check_like
+from granet_kernels.op import Op
 from granet_kernels.reference import gate, image_format, norm_backward_ref, norm_gradients, norm_ref
 
-norm_op = torch.library.custom_op(
+norm_op = Op(
     "granet::norm",
     norm_ref,
-    mutates_args=(),
-    schema="(Tensor x, Tensor gamma, Tensor beta, Tensor? residual, float eps, bool relu)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor gamma, Tensor beta, Tensor? residual, float eps, bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-norm_backward_op = torch.library.custom_op(
+norm_backward_op = Op(
     "granet::norm_backward",
     norm_backward_ref,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? y, Tensor gamma, Tensor beta, Tensor mean, Tensor invstd, float eps,"
+    "(Tensor grad, Tensor x, Tensor? y, Tensor gamma, Tensor beta, Tensor mean, Tensor invstd, float eps,"
     " bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from granet_kernels.op import Op
 from granet_kernels.reference import max_pool_backward_ref, max_pool_ref, pick_pixels
 
-max_pool_op = torch.library.custom_op(
-    "granet::max_pool", max_pool_ref, mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)"
-)
-max_pool_backward_op = torch.library.custom_op(
+max_pool_op = Op("granet::max_pool", max_pool_ref, "(Tensor x) -> (Tensor, Tensor)")
+max_pool_backward_op = Op(
     "granet::max_pool_backward",
     max_pool_backward_ref,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor which, SymInt h, SymInt w) -> Tensor",
+    "(Tensor grad, Tensor which, SymInt h, SymInt w) -> Tensor",
 )
 
 

@@ -5,6 +5,8 @@ Without a CUDA device the same functions run on tensors in CPU memory, their ker
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -30,12 +32,10 @@ def triton_ops(monkeypatch, device):
         yield
         return
     ops = {linear_op: linear_triton, linear_dgrad_op: linear_dgrad_triton, linear_wgrad_op: linear_wgrad_triton}
-    before = {op: op._backend_fns["cpu"] for op in ops}
-    for op, function in ops.items():
-        op.register_kernel("cpu")(function)
-    yield
-    for op, function in before.items():
-        op.register_kernel("cpu")(function)
+    with ExitStack() as stack:
+        for op, function in ops.items():
+            stack.enter_context(op.computed_by("cpu", function))
+        yield
 
 
 def operands(n, mask, dtype=torch.float32):

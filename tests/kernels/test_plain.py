@@ -19,8 +19,8 @@ GEOMETRY = ((2, 1), (1, 2), (1, 1), 1)
 
 
 @pytest.fixture(autouse=True)
-def _by_the_rule():
-    with plan.use("rule"):
+def _densely():
+    with plan.use("dense"):
         yield
 
 
@@ -131,7 +131,7 @@ def test_channels_last_stays(random_mask, no_ops):
 def test_ops_where_native_code_may_win(random_mask):
     mask = random_mask((512, 300), 0.1)
     x, weight, _ = operands(mask, torch.float32, (400, 300))
-    with pytest.MonkeyPatch.context() as patch:
+    with plan.use("rule"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(LINEAR, "linear_op", lambda *operands: "op")
         assert linear(x, weight, mask) == "op"  # the rule says native
         with plan.use("native"):

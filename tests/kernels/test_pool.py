@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import granet_kernels
 from granet_kernels.cpu_backend import library
-from granet_kernels.pool import max_pool_backward_op, max_pool_op
+from granet_kernels.pool import max_pool_op
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 4, 4), (3, 5, 7, 9), (2, 2, 32, 32), (1, 3, 33, 66), (0, 3, 4, 4)]
 
@@ -88,9 +88,9 @@ def test_no_gradient_arrives():
 
 def test_opcheck():
     x = torch.randn(2, 3, 6, 5, requires_grad=True)
-    opcheck(max_pool_op, (x,))
+    opcheck(torch.ops.granet.max_pool.default, (x,))
     _, which = max_pool_op(x.detach())
-    opcheck(max_pool_backward_op, (torch.randn(2, 3, 3, 2, requires_grad=True), which, 6, 5))
+    opcheck(torch.ops.granet.max_pool_backward.default, (torch.randn(2, 3, 3, 2, requires_grad=True), which, 6, 5))
 
 
 @pytest.mark.parametrize(

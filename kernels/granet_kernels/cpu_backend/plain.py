@@ -6,7 +6,6 @@ Where nothing is to be gained by native code, torch's autograd is the faster way
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,18 +17,15 @@ from granet_kernels import plan
 from granet_kernels.cpu_backend import dense
 from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.eager import is_eager
-from granet_kernels.layout import SparseLayout, layout_of
+from granet_kernels.layout import layout_of
 from granet_kernels.reference import image_format
 
-LEAST_FLOPS = 2**24  # of a forward pass; torch needs 0.1 ms for it, in which an op hardly begins
-_MOST_SMALL = 2**16  # weights of a layer that is small all the same: to mask them takes as long as to call an op
 _MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts, and the op costs it nothing
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
     """granet_kernels.linear of rows, or None if that is for the op."""
-    flops = 2 * x.shape[0] * weight.numel()
-    effective = _weight("linear", x, weight, mask, bias, dense_wgrad, (), flops)
+    effective = _weight("linear", x, weight, mask, bias, dense_wgrad)
     return None if effective is None else F.linear(x, effective, bias)
 
 
@@ -45,9 +41,8 @@ def conv2d(
     dense_wgrad: Tensor | None,
 ) -> Tensor | None:
     """granet_kernels.conv2d of a batch, or None if that is for the op."""
-    flops = 2 * x.shape[0] * weight.numel() * math.prod(x.shape[2:]) // math.prod(stride)
     geometry = stride, padding, dilation, groups
-    effective = _weight("conv2d", x, weight, mask, bias, dense_wgrad, geometry, flops)
+    effective = _weight("conv2d", x, weight, mask, bias, dense_wgrad, geometry)
     if effective is None:
         return None
     return F.conv2d(x, effective, bias, *geometry).contiguous(memory_format=image_format(x, weight))
@@ -79,17 +74,17 @@ def _weight(
     mask: Tensor,
     bias: Tensor | None,
     dense_wgrad: Tensor | None,
-    geometry: Sequence[Any],
-    flops: int,
+    geometry: Sequence[Any] = (),
 ) -> Tensor | None:
     """The weight to hand to torch, or None if the op is to be called."""
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not is_eager(x, weight, mask):
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or not is_eager(x, weight, mask):
         return None
-    mode = plan.mode()
-    if mode == plan.NATIVE:
+    if plan.mode() == plan.NATIVE:
         return None
     layout = layout_of(mask)
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
+    if full and plan.ran_densely(layout):
+        return weight
     if not full and layout.numel > _MOST_MASKED:
         return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
@@ -97,18 +92,13 @@ def _weight(
         needed = {"forward": call.site}
         needed |= {"dgrad": call.partners["dgrad"]} if x.requires_grad else {}
         needed |= {"wgrad": call.partners["wgrad"]} if weight.requires_grad else {}
-        small = flops < LEAST_FLOPS and layout.numel <= _MOST_SMALL and mode in (plan.MEASURED, plan.RULE)
-        if not (full or small or plan.agrees_on_dense(tuple(needed.values()), layout)):
+        if not (full or plan.agrees_on_dense(tuple(needed.values()), layout)):
             return None
-        _note(needed, layout)
+        for direction, site in needed.items():
+            plan.note(site, direction, layout, plan.DENSE)
     if full:
         return weight
     integer = dense.INTEGER.get(weight.dtype)
     bits = None if integer is None else layout.bits(mask, integer)
     masked: Tensor = _Masked.apply(weight, mask, bits, dense_wgrad)
     return masked
-
-
-def _note(sites: dict[str, plan.Site], layout: SparseLayout) -> None:
-    for direction, site in sites.items():
-        plan.note(site, direction, layout, plan.DENSE)

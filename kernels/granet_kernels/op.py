@@ -1,0 +1,101 @@
+"""Op: an operation of torch's dispatcher that plain tensors reach without it.
+
+The dispatcher and what torch.library puts around a kernel take longer than a small layer computes, and large kernels
+find their caches filled with it. Where nothing could tell, a call goes to the kernel at once, by an autograd Function
+with the same derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import Function
+
+from granet_kernels.eager import is_eager
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+class Op:
+    """A ``torch.library.custom_op`` that changes none of its operands.
+
+    Args:
+        name: with its namespace, e.g. "granet::linear".
+        reference: computes it on any device.
+        schema: its operands and results; tensors come first.
+
+    Attributes:
+        reference: as given.
+    """
+
+    def __init__(self, name: str, reference: Callable[..., Any], schema: str) -> None:
+        self._op = torch.library.custom_op(name, reference, mutates_args=(), schema=schema)
+        self.reference = reference
+        self._name = name.replace("::", "_")
+        self._kernels: dict[str, Callable[..., Any]] = {"cpu": reference, "cuda": reference}
+        self._function: type[Function] | None = None
+
+    def __call__(self, *operands: Any) -> Any:
+        if not is_eager(*operands):
+            _refuse_jvp(self._name)
+            return self._op(*operands)
+        if self._function is None or not torch.is_grad_enabled():
+            return self.kernel(operands[0].device.type)(*operands)
+        return self._function.apply(*operands)
+
+    def kernel(self, device: str) -> Callable[..., Any]:
+        """What computes it on devices of a type; the op itself on those that nothing is known of."""
+        return self._kernels.get(device, self._op)
+
+    def register_kernel(self, device: str) -> Callable[[Kernel], Kernel]:
+        """Decorates what computes it on devices of a type: "cpu" or "cuda"."""
+
+        def register(kernel: Kernel) -> Kernel:
+            self._op.register_kernel(device)(kernel)
+            self._kernels[device] = kernel
+            return kernel
+
+        return register
+
+    @contextmanager
+    def computed_by(self, device: str, kernel: Callable[..., Any]) -> Iterator[None]:
+        """Within it, the kernel takes the place of the one registered for a type of device."""
+        before = self._kernels[device]
+        self.register_kernel(device)(kernel)
+        try:
+            yield
+        finally:
+            self.register_kernel(device)(before)
+
+    def register_fake(self, fake: Kernel) -> Kernel:
+        """Decorates what gives results of the right shapes, dtypes and strides without computing them."""
+        self._op.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """Its derivative, as ``torch.library.register_autograd`` takes it."""
+        self._op.register_autograd(backward, setup_context=setup_context)
+        self._function = _function(self, self._name, backward, setup_context)
+
+
+def _refuse_jvp(name: str) -> None:
+    """Raise where torch.func.jvp is at work: it takes the derivative of a custom op for zero."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp:
+        raise NotImplementedError(f"{name}: expected reverse-mode differentiation, got torch.func.jvp")
+
+
+def _function(op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> type[Function]:
+    """The autograd Function of an op."""
+
+    def forward(ctx: Any, *operands: Any) -> Any:
+        results = op.kernel(operands[0].device.type)(*operands)
+        setup_context(ctx, operands, results)
+        return results
+
+    return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
