@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from granet_kernels import plain
 from granet_kernels.checks import check_operands
-from granet_kernels.cpu_backend import plain
 from granet_kernels.op import Op
 from granet_kernels.reference import conv2d_dgrad_ref, conv2d_ref, conv2d_wgrad_ref, image_format
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from granet_kernels import plain
 from granet_kernels.checks import check_operands
-from granet_kernels.cpu_backend import plain
 from granet_kernels.op import Op
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
 

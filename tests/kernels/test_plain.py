@@ -6,9 +6,10 @@ from importlib import import_module
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from granet_kernels import conv2d, linear, plan
+from granet_kernels import conv2d, linear, plain, plan
 from granet_kernels.cpu_backend import library
 from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.layout import layout_of
@@ -81,6 +82,68 @@ def test_as_the_op(name, dtype, strided, density, flag, random_mask, request):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=16 * tolerance)
     if not flag:
         assert got[2][~mask].count_nonzero() == 0
+
+
+@pytest.fixture
+def on_gpu(device, monkeypatch):
+    """Moves tensors to a GPU; without one, layers go the way that they would go there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if device == "cpu":
+        monkeypatch.setattr(plain, "_weight", lambda op, x, w, m, b, flag, *_: plain._weight_on_gpu(op, x, w, m, flag))
+    return lambda *tensors: [tensor.detach().to(device).requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("flag", [None, False, True], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.6, 1.0], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_as_the_op_on_a_gpu(name, dtype, density, flag, random_mask, on_gpu, device, request):
+    x_shape, w_shape = SHAPES[name]
+    mask = random_mask(w_shape, density)
+    tensors = operands(mask, torch.float64, x_shape)
+    wanted = None if flag is None else torch.tensor(flag)
+    expected = results(through_op(name), *tensors, mask, wanted)
+    request.getfixturevalue("no_ops")
+    tensors = on_gpu(*(tensor.to(dtype) for tensor in tensors))
+    got = results(public(name), *tensors, mask.to(device), wanted)
+    for a, b in zip(got, expected, strict=True):
+        tolerance = 64 * torch.finfo(dtype).eps
+        torch.testing.assert_close(a.cpu().double(), b, rtol=tolerance, atol=4 * tolerance)
+    if not flag:
+        assert got[2].cpu()[~mask].count_nonzero() == 0
+
+
+def test_a_gpu_follows_the_mask_and_the_flag(random_mask, on_gpu, device, no_ops):
+    mask, flag = random_mask((17, 33), 0.6).to(device), torch.tensor(False)
+    x, weight, bias = on_gpu(*operands(mask, torch.float32, (9, 33)))
+    for _ in range(2):
+        assert torch.equal(linear(x, weight, mask, bias), F.linear(x, weight.where(mask, 0), bias))
+        mask.logical_not_()
+    y = linear(x, weight, mask, bias, flag)
+    flag.fill_(True)
+    y.sum().backward()
+    assert weight.grad[~mask].count_nonzero() > 0
+
+
+def test_large_layers_call_ops_on_a_gpu(random_mask, on_gpu, device):
+    mask = random_mask((1024, 300), 0.6).to(device)
+    x, weight, _ = on_gpu(*operands(mask, torch.float32, (4, 300)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LINEAR, "linear_op", lambda *operands: "op")
+        assert linear(x, weight, mask) == "op"  # a masked copy would count
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_as_the_op_under_autocast(name, random_mask, no_ops):
+    x_shape, w_shape = SHAPES[name]
+    mask = random_mask(w_shape, 0.6)
+    tensors = operands(mask, torch.bfloat16, x_shape)
+    expected = results(public(name), *tensors, mask, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(public(name), *tensors, mask, None)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", SHAPES)

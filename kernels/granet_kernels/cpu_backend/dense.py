@@ -137,7 +137,7 @@ def masked(values: Tensor, mask: Tensor, full: bool = False, bits: Tensor | None
     if full:
         return values
     integer = INTEGER.get(values.dtype)
-    if integer is None:
+    if integer is None or not values.is_cpu:
         return torch.where(mask, values, 0)
     bits = _all_bits(mask) if bits is None else bits
     return (bits & values.view(integer)).view(values.dtype)  # in this order: the mask settles the strides

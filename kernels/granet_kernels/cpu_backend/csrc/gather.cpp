@@ -34,11 +34,12 @@ int64_t footprint_of(const Geometry& g) {
 }
 
 void gather_values(const Table& table, const float* weight, float* values, int threads) {
-    constexpr int64_t piece = 1 << 15;
+    constexpr int64_t piece = 1 << 12;
     const int64_t nnz = table.nnz();
     parallel_for(threads, (nnz + piece - 1) / piece, [&](int64_t i) {
         const int64_t end = std::min(nnz, (i + 1) * piece);
-        for (int64_t j = i * piece; j < end; ++j) values[j] = weight[table.position[j]];
+        const int32_t* position = table.position.data();
+        for (int64_t j = i * piece; j < end; ++j) values[j] = weight[position[j]];
     });
 }
 

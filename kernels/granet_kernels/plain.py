@@ -1,7 +1,7 @@
 """Layers that run densely in every direction, as torch's own layers with a masked weight.
 
-An op costs some 50 us more than torch's own operation in each direction, and computes the masked weight once for each.
-Where nothing is to be gained by native code, torch's autograd is the faster way to the same numbers.
+An op has a kernel of its own for each direction, and computes the masked weight once for each. Where nothing is to be
+gained by sparse code, torch's autograd is the faster way to the same numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.eager import is_eager
 from granet_kernels.layout import layout_of
 from granet_kernels.reference import image_format
+from granet_kernels.triton_backend import support
 
-_MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts, and the op costs it nothing
+_MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts, and gain little
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
@@ -77,7 +78,11 @@ def _weight(
     geometry: Sequence[Any] = (),
 ) -> Tensor | None:
     """The weight to hand to torch, or None if the op is to be called."""
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or not is_eager(x, weight, mask):
+    if _autocast_would_cast(x) or not is_eager(x, weight, mask):
+        return None
+    if x.is_cuda:
+        return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
+    if not x.is_cpu:
         return None
     if plan.mode() == plan.NATIVE:
         return None
@@ -102,3 +107,17 @@ def _weight(
     bits = None if integer is None else layout.bits(mask, integer)
     masked: Tensor = _Masked.apply(weight, mask, bits, dense_wgrad)
     return masked
+
+
+def _weight_on_gpu(op: str, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor | None:
+    """The masked weight where there are no sparse kernels. It reads the mask itself: a captured graph follows it."""
+    if mask.numel() > _MOST_MASKED or (op == "linear" and support.is_available(x.device)):
+        return None
+    masked: Tensor = _Masked.apply(weight, mask, None, dense_wgrad)
+    return masked
+
+
+def _autocast_would_cast(x: Tensor) -> bool:
+    """Whether torch's layers would compute in another dtype than that of x."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
