@@ -14,6 +14,9 @@ PYTHON_NEWEST ?= python3.13
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Several tests at a time: threads that spin while they wait would take the cores from one another.
+PARALLEL := OMP_WAIT_POLICY=passive
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 BENCH_ARGS ?=
 CSRC := kernels/granet_kernels/cpu_backend/csrc
 HEADERS := $(wildcard $(CSRC)/*.h $(CSRC)/*.inl)
@@ -27,7 +30,7 @@ demo: $(VENV)/.installed
 test: lint type pytest
 
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -56,7 +59,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES) $(HEADERS
 	@touch $@
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	$(PARALLEL) .venv-oldest/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 .venv-oldest/.installed: pyproject.toml setup.py $(SOURCES) $(HEADERS)
 	$(PYTHON_OLDEST) -m venv .venv-oldest
@@ -64,7 +67,7 @@ test-oldest: .venv-oldest/.installed
 	@touch $@
 
 test-newest: .venv-newest/.installed
-	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+	$(PARALLEL) .venv-newest/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 .venv-newest/.installed: pyproject.toml setup.py $(SOURCES) $(HEADERS)
 	$(PYTHON_NEWEST) -m venv .venv-newest

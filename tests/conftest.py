@@ -5,11 +5,15 @@ Without a CUDA device Triton interprets its kernels, which has to be said before
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,33 +33,58 @@ def _native_plan() -> Iterator[None]:
         yield
 
 
-# Most tests leave a core idle, and compiling all kernels for other chips takes minutes: so it begins with the tests.
-_CODEGEN = pytest.StashKey[tuple[subprocess.Popen[bytes], Path]]()
+# Compiling all kernels for other chips takes minutes: it begins with the tests, once whatever the number of workers.
+_FOLDER = "GRANET_TEST_CODEGEN"
+_CODEGEN = pytest.StashKey[subprocess.Popen[bytes]]()
+_RUN = "import pathlib, subprocess, sys; pathlib.Path(sys.argv[1]).write_text(str(subprocess.call(sys.argv[2:])))"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        os.environ[_FOLDER] = tempfile.mkdtemp(prefix="granet-codegen-")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.option.collectonly or not any(item.path.name == "test_codegen.py" for item in session.items):
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        _start_codegen(session.config, [item.nodeid for item in session.items])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    _start_codegen(node.config, ids)
+
+
+def _start_codegen(config: pytest.Config, ids: Sequence[str]) -> None:
+    if _CODEGEN in config.stash or not any("test_codegen.py" in each for each in ids):
         return
-    folder = Path(tempfile.mkdtemp(prefix="granet-codegen-"))
+    folder = Path(os.environ[_FOLDER])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
     command = ["nice", sys.executable, "-m", "bench.codegen", "--csv", str(folder / "codegen.csv")]
-    root = Path(__file__).parents[1]
-    with (folder / "output").open("wb") as output:
-        process = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    session.config.stash[_CODEGEN] = process, folder
+    config.stash[_CODEGEN] = subprocess.Popen(
+        [sys.executable, "-c", _RUN, str(folder / "status"), *command],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=(folder / "output").open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture(scope="session")
-def codegen_csv(pytestconfig: pytest.Config) -> Path:
+def codegen_csv() -> Path:
     """What `python -m bench.codegen` has written of all kernels and chips."""
-    process, folder = pytestconfig.stash[_CODEGEN]
-    assert process.wait() == 0, (folder / "output").read_text()
+    folder = Path(os.environ[_FOLDER])
+    while not (folder / "status").exists() or not (folder / "status").read_text():
+        time.sleep(0.1)
+    assert (folder / "status").read_text() == "0", (folder / "output").read_text()
     return folder / "codegen.csv"
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _CODEGEN in session.config.stash:
-        process, folder = session.config.stash[_CODEGEN]
-        process.terminate()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    if _CODEGEN in config.stash:
+        with suppress(ProcessLookupError):
+            os.killpg(config.stash[_CODEGEN].pid, signal.SIGTERM)
+        config.stash[_CODEGEN].wait()
+    shutil.rmtree(os.environ[_FOLDER], ignore_errors=True)

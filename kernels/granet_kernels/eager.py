@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.Size, tuple, list, int, float, bool, type(None)})
 
 
 def is_eager(*operands: object) -> bool:
     """Whether none of these is at work: compile, export, jit.trace, torch.func, forward-mode derivatives, a mode that
-    sees every op, or a subclass of Tensor among the operands."""
+    sees every op, or an operand that is no plain tensor or number (a subclass of Tensor, a proxy, a symbol)."""
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -21,7 +21,4 @@ def is_eager(*operands: object) -> bool:
         or _python_dispatch._get_current_dispatch_mode() is not None
     ):
         return False
-    for operand in operands:  # noqa: SIM110  A generator takes twice the time.
-        if type(operand) not in _PLAIN and isinstance(operand, Tensor):
-            return False
-    return True
+    return _PLAIN.issuperset(map(type, operands))

@@ -39,7 +39,7 @@ class Op:
         self._function: type[Function] | None = None
 
     def __call__(self, *operands: Any) -> Any:
-        if not is_eager(*operands):
+        if not is_eager(*operands) or torch.autograd._profiler_enabled():
             _refuse_jvp(self._name)
             return self._op(*operands)
         if self._function is None or not torch.is_grad_enabled():

@@ -118,6 +118,13 @@ def test_a_mode_sees_the_op(case, seen):
     assert calls == [op]
 
 
+def test_a_profiler_sees_the_op(case):
+    op, dispatched, operands = case
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        op(*operands)
+    assert dispatched.name() in {event.name for event in profiler.events()}
+
+
 def test_a_subclass_reaches_the_dispatcher(case, seen):
     op, _, operands = case
     calls = seen(op)
