@@ -48,8 +48,8 @@ def probe(optimizer: Optimizer, parameter: nn.Parameter, lr: float | None = None
     """
     group = group_of(optimizer, parameter)
     assert group is not None
-    values = torch.arange(1.0, PROBE_SIZE**2 + 1).reshape(PROBE_SIZE, PROBE_SIZE).sin()
-    untouched = torch.eye(PROBE_SIZE, dtype=torch.bool)
+    values = torch.arange(1.0, PROBE_SIZE**2 + 1, device="cpu").reshape(PROBE_SIZE, PROBE_SIZE).sin()
+    untouched = torch.eye(PROBE_SIZE, dtype=torch.bool, device="cpu")
     shape = (PROBE_SIZE, PROBE_SIZE) + (1,) * (parameter.dim() - 2)
     small = nn.Parameter(values.masked_fill(untouched, 0).reshape(shape).to(parameter))
     try:

@@ -35,9 +35,9 @@ class Loaded:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """(n,) bool -> (ceil(n / 8),) uint8 on the CPU; element i is bit i % 8 of byte i // 8."""
-    padded = torch.zeros(-(-mask.numel() // 8) * 8, dtype=torch.uint8)
+    padded = torch.zeros(-(-mask.numel() // 8) * 8, dtype=torch.uint8, device="cpu")
     padded[: mask.numel()] = mask.cpu()
-    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
@@ -48,7 +48,7 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """
     if packed.dtype != torch.uint8 or packed.shape != (-(-n // 8),):
         raise ValueError(f"expected {-(-n // 8)} bytes of mask for {n} units, got {tuple(packed.shape)} {packed.dtype}")
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     mask = bits.reshape(-1).bool()
     if bool(mask[n:].any()):
         raise ValueError(f"expected no bit beyond unit {n} of the mask, got some: it is damaged")

@@ -102,7 +102,7 @@ class Layer:
 
 def layer_offsets(layers: Sequence[Layer]) -> Tensor:
     """(layers + 1,) int64: where the units of each layer begin and end in a flat buffer."""
-    return torch.tensor([0, *(layer.units for layer in layers)]).cumsum(0)
+    return torch.tensor([0, *(layer.units for layer in layers)], device="cpu").cumsum(0)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class Topology:
 
     def random(self) -> Scores:
         """Uniform numbers; the same on every rank and device."""
-        return self._scores(torch.rand(self.kept.numel(), generator=self._generator).to(self.kept.device))
+        uniform = torch.rand(self.kept.numel(), generator=self._generator, device="cpu")
+        return self._scores(uniform.to(self.kept.device))
 
     def signed_scores(self, drop_count: Callable[[int], int]) -> tuple[Scores, list[int]]:
         """Scores and counts by which `exchange` drops the smallest positive and the largest negative weights.
@@ -182,7 +183,7 @@ class Topology:
         chosen, counts = torch.zeros_like(self.kept), [0] * len(self.layers)
         for side in (self.kept & ~negative, self.kept & negative):
             drops = [drop_count(int(part.count_nonzero())) for part in self._split(side)]
-            left = granet_kernels.drop(magnitude.parts, side, torch.tensor(drops), self._offsets, absolute=True)
+            left = granet_kernels.drop(magnitude.parts, side, drops, self._offsets, absolute=True)
             chosen |= side & ~left
             counts = [a + b for a, b in zip(counts, drops, strict=True)]
         return self._scores(torch.where(chosen, 0.0, 1.0)), counts
@@ -209,11 +210,11 @@ class Topology:
             counts: units to exchange in each layer.
             keep_regrown: whether a unit dropped here and grown again here survives.
         """
-        before, amount = self.kept, torch.tensor(counts)
+        before = self.kept
         keys = self._keep_keys(scores, before)
-        dropped = granet_kernels.drop(keys, before, amount, self._offsets, absolute=scores.absolute)
+        dropped = granet_kernels.drop(keys, before, counts, self._offsets, absolute=scores.absolute)
         keys = self._grow_keys(growth, dropped)
-        self.kept = granet_kernels.grow(keys, dropped, amount, self._offsets, absolute=growth.absolute)
+        self.kept = granet_kernels.grow(keys, dropped, counts, self._offsets, absolute=growth.absolute)
         self.survivors &= before.logical_and_(self.kept) if keep_regrown else dropped
 
     def parts(self) -> list[tuple[Layer, Tensor, Tensor]]:
@@ -226,8 +227,8 @@ class Topology:
 
     def _topk(self, scores: Scores, counts: int | Sequence[int], eligible: Tensor) -> Tensor:
         keys = self._keep_keys(scores, eligible)
-        amount, offsets = (counts, None) if isinstance(counts, int) else (torch.tensor(counts), self._offsets)
-        return granet_kernels.topk_mask(keys, amount, offsets, eligible, absolute=scores.absolute)
+        offsets = None if isinstance(counts, int) else self._offsets
+        return granet_kernels.topk_mask(keys, counts, offsets, eligible, absolute=scores.absolute)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         return [flat[begin:end] for begin, end in zip(self._bounds, self._bounds[1:], strict=False)]

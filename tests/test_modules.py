@@ -117,6 +117,7 @@ def test_the_mask_follows_the_module_to_another_device_and_dtype():
     assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
     layer.to("meta")
     assert layer.mask.device.type == "meta"
+    assert layer(torch.empty(2, 4, dtype=torch.float64, device="meta")).shape == (2, 3)
 
 
 def sparse_training(steps=8):

@@ -636,3 +636,27 @@ def test_exploration_is_the_share_of_units_ever_kept():
     assert again.exploration == sparsifier.exploration
     with pytest.raises(ValueError, match="exploration is recorded by ITOP only"):
         make(gradual())[2].exploration  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "method", [gradual(update_every=2), SET(sparsity=0.5, update_every=2, total_steps=40)], ids=str
+)
+def test_the_default_device_changes_nothing(method):
+    def run(device):
+        torch.manual_seed(0)
+        x = torch.randn(8, 2, 6, 6)
+        model = granet.sparsify(nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.set_default_device(device)
+        try:
+            sparsifier = granet.Sparsifier(model, optimizer, method)
+            for _ in range(9):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            sparsifier.load_state_dict(sparsifier.state_dict())
+        finally:
+            torch.set_default_device(None)
+        return [sparsifier.kept(), *(p.detach() for p in model.parameters())]
+
+    assert same(run("meta"), run(None))

@@ -78,18 +78,14 @@ def _weight(
     geometry: Sequence[Any] = (),
 ) -> Tensor | None:
     """The weight to hand to torch, or None if the op is to be called."""
-    if _autocast_would_cast(x) or not is_eager(x, weight, mask):
+    if not (x.is_cpu or x.is_cuda) or _autocast_would_cast(x) or not is_eager(x, weight, mask):
         return None
     if x.is_cuda:
         return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
-    if not x.is_cpu:
-        return None
     if plan.mode() == plan.NATIVE:
         return None
     layout = layout_of(mask)
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
-    if full and plan.ran_densely(layout):
-        return weight
     if not full and layout.numel > _MOST_MASKED:
         return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
@@ -97,7 +93,7 @@ def _weight(
         needed = {"forward": call.site}
         needed |= {"dgrad": call.partners["dgrad"]} if x.requires_grad else {}
         needed |= {"wgrad": call.partners["wgrad"]} if weight.requires_grad else {}
-        if not (full or plan.agrees_on_dense(tuple(needed.values()), layout)):
+        if not plan.agrees_on_dense(tuple(needed.values()), layout):
             return None
         for direction, site in needed.items():
             plan.note(site, direction, layout, plan.DENSE)

@@ -319,6 +319,6 @@ if hasattr(os, "register_at_fork"):
 mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
 agrees_on_dense = _plan.agrees_on_dense
-is_warm, note, ran_densely = plan_notes.is_warm, plan_notes.note, plan_notes.ran_densely
+is_warm, note = plan_notes.is_warm, plan_notes.note
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
 save, load, clear = _plan.save, _plan.set_mode, _plan.clear

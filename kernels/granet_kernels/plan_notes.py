@@ -36,12 +36,6 @@ def note(site: Site, direction: str, layout: SparseLayout, implementation: str) 
     layout.last[direction] = Note(site, implementation, layout.bucket, cold)
 
 
-def ran_densely(layout: SparseLayout) -> bool:
-    """Whether the last forward pass with this mask, as it is now, ran densely."""
-    before = layout.last.get("forward")
-    return before is not None and before.implementation == DENSE and before.bucket == layout.bucket
-
-
 def is_warm(site: Site, direction: str, layout: SparseLayout) -> bool:
     """Whether a native call now takes what native calls with this mask take.
 

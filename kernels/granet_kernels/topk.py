@@ -167,7 +167,7 @@ def _check_counts(op: str, name: str, counts: int | Ints, available: Tensor, wha
 
 
 def int64_vector(op: str, name: str, values: Ints) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
     if tensor.dim() != 1 or (tensor.dtype != torch.int64 and tensor.numel()):
         raise ValueError(
             f"{op}: expected {name} to be a vector of int64, got shape {tuple(tensor.shape)} of {tensor.dtype}"

@@ -92,7 +92,7 @@ def conv2d_dgrad(
 ) -> Tensor:
     """reference.conv2d_dgrad_ref."""
     layout = image_format(grad, weight)
-    shape_only = torch.empty(tuple(x_shape), dtype=grad.dtype, memory_format=layout)
+    shape_only = torch.empty(tuple(x_shape), dtype=grad.dtype, device="cpu", memory_format=layout)
     operands = grad, shape_only, masked(weight, mask, full)
     x_grad: Tensor = _convolution_backward(*operands, stride, padding, dilation, groups, (True, False, False))[0]
     return x_grad.contiguous(memory_format=layout)

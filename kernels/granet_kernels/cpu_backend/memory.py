@@ -26,13 +26,14 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     native = library.load() if 4 * count >= LEAST_BYTES else None
     if native is None:
-        return torch.empty_strided(tuple(shape), tuple(strides), dtype=torch.float32)
+        return torch.empty_strided(tuple(shape), tuple(strides), dtype=torch.float32, device="cpu")
     address = native.granet_memory_take(4 * count)
     if not address:
         raise MemoryError(f"no memory for a result of shape {tuple(shape)}")
     block = _block_type(4 * count).from_address(address)
     storage = torch.frombuffer(block, dtype=torch.float32).untyped_storage()
-    return torch.empty(0).set_(storage, 0, tuple(shape), tuple(strides))  # not a view, as as_strided's result would be
+    empty = torch.empty(0, device="cpu")  # made whole by set_, so no view, as as_strided's result would be
+    return empty.set_(storage, 0, tuple(shape), tuple(strides))
 
 
 def empty(shape: Sequence[int]) -> Tensor:

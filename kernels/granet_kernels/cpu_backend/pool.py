@@ -17,7 +17,7 @@ def _max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
         return max_pool_ref(x)
     n, c, h, w = x.shape
     y = memory.empty((n, c, h // 2, w // 2))
-    which = torch.empty(y.shape, dtype=torch.uint8)
+    which = torch.empty(y.shape, dtype=torch.uint8, device="cpu")
     library.check(
         native.granet_pool_forward(n * c, h, w, x.data_ptr(), y.data_ptr(), which.data_ptr(), library.threads())
     )

@@ -32,7 +32,7 @@ def topk_mask_cpu(
     # These names keep the copies alive, where there are any, while the library reads them.
     parts = [part.contiguous() for part in scores]
     units = None if eligible is None else eligible.contiguous()
-    mask = torch.empty(bounds[-1], dtype=torch.bool)
+    mask = torch.empty(bounds[-1], dtype=torch.bool, device="cpu")
     sizes = [size for _, _, size in stretches]
     begins = list(accumulate(sizes, initial=0))[:-1]
     library.check(

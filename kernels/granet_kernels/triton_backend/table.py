@@ -115,8 +115,10 @@ def _new_table(pieces: Sequence[Piece], bounds: Sequence[int], device: torch.dev
     parts = zip(begins, inside, tiles, bin_begins, of_bin, strict=False)
     segment_rows = [(*row, *part) for row, part in zip(scores, parts, strict=True)]
     return Table(
-        pieces=torch.tensor(piece_rows, dtype=torch.int64).reshape(-1, 6).to(device, non_blocking=True),
-        segments=torch.tensor(segment_rows, dtype=torch.int64).reshape(-1, 11).to(device, non_blocking=True),
+        pieces=torch.tensor(piece_rows, dtype=torch.int64, device="cpu").reshape(-1, 6).to(device, non_blocking=True),
+        segments=torch.tensor(segment_rows, dtype=torch.int64, device="cpu")
+        .reshape(-1, 11)
+        .to(device, non_blocking=True),
         piece_count=len(pieces),
         segment_count=len(sizes),
         tile_count=first_tiles[-1],
