@@ -21,6 +21,9 @@ from granet_kernels.layout import layout_of
 from granet_kernels.reference import image_format
 from granet_kernels.triton_backend import support
 
+_MOST_FAN_IN = (
+    32  # of a full layer that native code may win: torch's convolutions of RGB images take three times as long
+)
 _MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts, and gain little
 
 
@@ -93,7 +96,8 @@ def _weight(
         needed = {"forward": call.site}
         needed |= {"dgrad": call.partners["dgrad"]} if x.requires_grad else {}
         needed |= {"wgrad": call.partners["wgrad"]} if weight.requires_grad else {}
-        if not plan.agrees_on_dense(tuple(needed.values()), layout):
+        certain = full and mask.numel() > _MOST_FAN_IN * mask.shape[0]
+        if not certain and not plan.agrees_on_dense(tuple(needed.values()), layout):
             return None
         for direction, site in needed.items():
             plan.note(site, direction, layout, plan.DENSE)

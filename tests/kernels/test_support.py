@@ -18,11 +18,17 @@ DEVICE = torch.device("cuda:0")
 def device(monkeypatch):
     """A function that pretends there is a CUDA device, of some capability, with some Triton."""
 
-    def pretend(capability=(8, 0), triton="3.6.0", hip=None):
+    def pretend(capability=(8, 0), triton="3.6.0", hip=None, broken=None):
+        def get_current_target():
+            if broken is not None:
+                raise broken
+
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
-        module = None if triton is None else types.SimpleNamespace(__version__=triton)
+        active = types.SimpleNamespace(get_current_target=get_current_target)
+        runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=active))
+        module = None if triton is None else types.SimpleNamespace(__version__=triton, runtime=runtime)
         monkeypatch.setitem(sys.modules, "triton", module)
         monkeypatch.setenv("GRANET_TRITON", "1")
 
@@ -50,6 +56,11 @@ def test_available(capability, triton, device):
         ({"triton": "3.1.0"}, "Triton 3.1.0 is too old, expected 3.2 or newer"),
         ({"triton": "2.9.1"}, "Triton 2.9.1 is too old"),
         ({"hip": "6.2"}, "written for NVIDIA devices"),
+        (
+            {"broken": RuntimeError("Failed to find C compiler.\nSet CC")},
+            r"Triton cannot be set up \(Failed to find C compiler\.\)",
+        ),
+        ({"broken": OSError()}, r"Triton cannot be set up \(OSError\)"),
     ],
 )
 def test_unavailable_with_one_warning(settings, reason, device):

@@ -46,6 +46,10 @@ def unavailable(device: torch.device) -> str | None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST_TRITON:
         return f"Triton {triton.__version__} is too old, expected {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    try:
+        triton.runtime.driver.active.get_current_target()  # builds what every kernel needs, as the first one would
+    except Exception as error:  # no C compiler, no headers of Python: whatever stops it now would stop a run later
+        return f"Triton cannot be set up ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
 
 
