@@ -135,7 +135,7 @@ def _make_sparse(module: SparseLayer, granularity: Granularity) -> None:
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the operands of F.linear and F.conv2d: floats but float64, where it is enabled."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if input.is_meta or not torch.is_autocast_enabled(device):  # autocast knows no meta device
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
 
