@@ -31,9 +31,9 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     if not address:
         raise MemoryError(f"no memory for a result of shape {tuple(shape)}")
     block = _block_type(4 * count).from_address(address)
-    storage = torch.frombuffer(block, dtype=torch.float32).untyped_storage()
-    empty = torch.empty(0, device="cpu")  # made whole by set_, so no view, as as_strided's result would be
-    return empty.set_(storage, 0, tuple(shape), tuple(strides))
+    # Given its shape in place: with a view, or an object for its storage, autograd takes it for shared, and sums
+    # gradients into a new tensor where it would add to this one.
+    return torch.frombuffer(block, dtype=torch.float32).as_strided_(tuple(shape), tuple(strides))
 
 
 def empty(shape: Sequence[int]) -> Tensor:
