@@ -182,9 +182,11 @@ def _conv2d_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
     x_grad = w_grad = bias_grad = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+        x_grad, w_grad = conv2d_op.gradients(grad, x, weight, mask, *ctx.geometry, ctx.dense_wgrad) or (None, None)
+    if ctx.needs_input_grad[0] and x_grad is None:
         x_grad = conv2d_dgrad_op(grad, weight, mask, ctx.x_shape, *ctx.geometry, ctx.dense_wgrad)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and w_grad is None:
         w_grad = conv2d_wgrad_op(grad, x, mask, *ctx.geometry, ctx.dense_wgrad)
     if ctx.needs_input_grad[3]:
         bias_grad = grad.sum((0, 2, 3))

@@ -101,9 +101,11 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
     x_grad = w_grad = bias_grad = None
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+        x_grad, w_grad = linear_op.gradients(grad, x, weight, mask, ctx.dense_wgrad) or (None, None)
+    if ctx.needs_input_grad[0] and x_grad is None:
         x_grad = linear_dgrad_op(grad, weight, mask, ctx.dense_wgrad)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and w_grad is None:
         w_grad = linear_wgrad_op(grad, x, mask, ctx.dense_wgrad)
     if ctx.needs_input_grad[3]:
         bias_grad = grad.sum(0)

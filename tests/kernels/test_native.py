@@ -5,9 +5,13 @@ New memory holds NaN here, so an output that is not written everywhere fails.
 
 from __future__ import annotations
 
+from functools import partial
+
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import GEOMETRIES, ISAS, LAYOUTS, LINEAR, SPARSITIES, linear_operands, sliced, transposed
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from granet_kernels import plan
@@ -15,53 +19,6 @@ from granet_kernels.cpu_backend import library
 
 OPS = torch.ops.granet
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
-
-# name: (x shape, weight shape, stride, padding, dilation)
-GEOMETRIES = {
-    "3x3": ((17, 5, 9, 8), (6, 5, 3, 3), (1, 1), (1, 1), (1, 1)),
-    "3x3-wide": ((2, 3, 5, 61), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
-    "3x3-many-channels": ((3, 67, 4, 4), (35, 67, 3, 3), (1, 1), (1, 1), (1, 1)),
-    "3x3-unpadded": ((18, 3, 8, 19), (7, 3, 3, 3), (1, 1), (0, 0), (1, 1)),
-    "1x1": ((3, 7, 6, 5), (9, 7, 1, 1), (1, 1), (0, 0), (1, 1)),
-    "1x1-stride": ((5, 7, 9, 6), (4, 7, 1, 1), (2, 2), (0, 0), (1, 1)),
-    "1x1-padded": ((2, 3, 4, 4), (4, 3, 1, 1), (1, 1), (1, 2), (1, 1)),
-    "3x3-stride": ((16, 3, 13, 12), (4, 3, 3, 3), (2, 2), (1, 1), (1, 1)),
-    "3x3-dilation": ((3, 4, 11, 10), (5, 4, 3, 3), (1, 1), (2, 2), (2, 2)),
-    "7x7-stride": ((2, 3, 21, 22), (8, 3, 7, 7), (2, 2), (3, 3), (1, 1)),
-    "uneven": ((19, 3, 9, 13), (2, 3, 2, 3), (2, 1), (0, 2), (1, 3)),
-    "stride-over-kernel": ((2, 3, 10, 11), (4, 3, 2, 2), (3, 4), (0, 1), (1, 1)),
-    "padding-over-kernel": ((2, 3, 3, 2), (4, 3, 2, 2), (1, 1), (3, 4), (1, 1)),
-    "kernel-as-image": ((33, 4, 3, 3), (5, 4, 3, 3), (1, 1), (0, 0), (1, 1)),
-    "one-pixel": ((1, 1, 1, 1), (1, 1, 3, 3), (1, 1), (1, 1), (1, 1)),
-}
-LINEAR = {
-    f"{n}x{i}-{o}": (n, i, o)
-    for n, i, o in [(1, 7, 1), (63, 1, 7), (7, 63, 100), (100, 300, 63), (300, 100, 300), (70, 1200, 15)]
-}
-SPARSITIES = [0, 0.5, 0.9, 1]
-ISAS = ["portable", "avx2", "avx512"]
-
-
-def sliced(t):
-    """The same values, every second one of a larger tensor."""
-    large = t.new_full([2 * size + 1 for size in t.shape], torch.nan)
-    view = large[tuple(slice(1, None, 2) for _ in t.shape)]
-    return view.copy_(t)
-
-
-def transposed(t):
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-# name: (function of x, function of the output's gradient, memory format of the weight and the mask)
-LAYOUTS = {
-    "contiguous": (torch.clone, torch.clone, torch.contiguous_format),
-    "channels-last": (*[lambda t: t.contiguous(memory_format=torch.channels_last)] * 2, torch.channels_last),
-    "mixed": (torch.clone, lambda t: t.contiguous(memory_format=torch.channels_last), torch.channels_last),
-    "sliced": (sliced, sliced, torch.contiguous_format),
-    "transposed": (transposed, transposed, torch.channels_last),
-    "expanded": (lambda t: t[:1].expand_as(t), lambda t: t[:1, :1, :1, :1].expand_as(t), torch.contiguous_format),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -77,17 +34,7 @@ def _native_and_nan_in_new_memory():
 
 @pytest.fixture
 def conv_operands(random_mask):
-    """A function geometry, sparsity, layout -> x, gradient of y, weight, mask, bias and the geometry's numbers."""
-
-    def make(name, sparsity, layout="contiguous"):
-        x_shape, w_shape, *rest = GEOMETRIES[name]
-        lay_x, lay_grad, w_format = LAYOUTS[layout]
-        x, weight = lay_x(torch.randn(x_shape)), torch.randn(w_shape).contiguous(memory_format=w_format)
-        grad = lay_grad(torch.randn_like(F.conv2d(x, weight, None, *rest)))
-        mask = random_mask(w_shape, 1 - sparsity).contiguous(memory_format=w_format)
-        return x, grad, weight, mask, torch.randn(w_shape[0]), rest
-
-    return make
+    return partial(cases.conv_operands, random_mask)
 
 
 def conv_results(x, grad, weight, mask, bias, rest):
@@ -170,18 +117,11 @@ def torch_linear_results(x, grad, weight, mask, bias, dtype):
     return F.linear(x, weight, bias), grad @ weight, grad.t() @ x * mask
 
 
-def linear_operands(sizes, sparsity, random_mask, lay=torch.clone):
-    n, inputs, outputs = sizes
-    mask = random_mask((outputs, inputs), 1 - sparsity)
-    x, grad = lay(torch.randn(n, inputs)), lay(torch.randn(n, outputs))
-    return x, grad, torch.randn(outputs, inputs), mask, torch.randn(outputs)
-
-
 @pytest.mark.parametrize("lay", [torch.clone, sliced, transposed], ids=["contiguous", "sliced", "transposed"])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("sizes", LINEAR.values(), ids=LINEAR)
 def test_linear_is_as_accurate_as_torch(sizes, sparsity, lay, random_mask, assert_as_accurate):
-    operands = linear_operands(sizes, sparsity, random_mask, lay)
+    operands = linear_operands(random_mask, sizes, sparsity, lay)
     actual = linear_results(*operands)
     torchs, exact = (torch_linear_results(*operands, dtype) for dtype in (torch.float32, torch.float64))
     for three in zip(actual, torchs, exact, strict=True):
@@ -193,7 +133,7 @@ def test_linear_is_as_accurate_as_torch(sizes, sparsity, lay, random_mask, asser
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("sizes", LINEAR.values(), ids=LINEAR)
 def test_linear_on_every_instruction_set_and_number_of_threads(sizes, isa, random_mask, assert_as_accurate, isa_used):
-    operands = linear_operands(sizes, 0.7, random_mask)
+    operands = linear_operands(random_mask, sizes, 0.7)
     torchs, exact = (torch_linear_results(*operands, dtype) for dtype in (torch.float32, torch.float64))
     with isa_used(isa):
         actual = linear_results(*operands)

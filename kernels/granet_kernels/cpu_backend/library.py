@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _PROCESS = os.getpid()
 
@@ -66,6 +66,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "granet_conv2d_wgrad": (
         c_int,
         [c_void_p, POINTER(Conv), c_void_p, _Sizes, c_void_p, _Sizes, c_void_p, c_int],
+    ),
+    "granet_conv2d_backward": (
+        c_int,
+        [*[c_void_p, POINTER(Conv)], *[c_void_p, _Sizes] * 2, *[c_void_p, c_void_p, _Sizes, c_void_p, c_int]],
     ),
     "granet_norm_forward": (c_int, [POINTER(Norm), *[c_void_p] * 8, c_int]),
     "granet_norm_backward": (c_int, [POINTER(Norm), *[c_void_p] * 11, c_int]),

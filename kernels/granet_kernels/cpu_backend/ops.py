@@ -137,6 +137,68 @@ def _conv2d_wgrad(
     )
 
 
+@linear_op.register_gradients("cpu")
+def _linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    if dense_wgrad is not None and dense_wgrad:
+        return None
+    dgrad = find_call("linear", "dgrad", grad, weight, mask)
+    wgrad = find_call("linear", "wgrad", grad, x, mask)
+    return None if dgrad is None or wgrad is None else _run_both(dgrad, wgrad, grad, x, weight, mask)
+
+
+@conv2d_op.register_gradients("cpu")
+def _conv2d_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    dense_wgrad: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    if dense_wgrad is not None and dense_wgrad:
+        return None
+    geometry = stride, padding, dilation, groups
+    dgrad = find_call("conv2d", "dgrad", grad, weight, mask, None, *geometry, x.shape)
+    wgrad = find_call("conv2d", "wgrad", grad, x, mask, None, *geometry)
+    return None if dgrad is None or wgrad is None else _run_both(dgrad, wgrad, grad, x, weight, mask)
+
+
+def _run_both(
+    dgrad: Call, wgrad: Call, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Both gradients natively, or None if the plan has other wishes, which are for the ops."""
+    layout = layout_of(mask)
+    if not plan.agrees_on_native((dgrad.site, wgrad.site), layout):
+        return None
+    lib: Any = library.load()
+    w = weight if dgrad.fits else _as_mask(weight, mask)
+    x_grad, w_grad = memory.empty_strided(dgrad.shape, dgrad.strides), memory.empty_like(mask)
+    status = lib.granet_conv2d_backward(
+        layout.native,
+        dgrad.conv,
+        grad.data_ptr(),
+        dgrad.first,
+        x.data_ptr(),
+        wgrad.second,
+        w.data_ptr(),
+        x_grad.data_ptr(),
+        dgrad.second,
+        w_grad.data_ptr(),
+        dgrad.threads,
+    )
+    if status == _UNSUPPORTED:
+        return None
+    library.check(status)
+    for call in (dgrad, wgrad):
+        plan.note(call.site, call.direction, layout, plan.NATIVE)
+    return x_grad, w_grad
+
+
 def _run(
     call: Call, mask: Tensor, native: Callable[[SparseLayout], Tensor | None], densely: Callable[[bool], Tensor]
 ) -> Tensor:

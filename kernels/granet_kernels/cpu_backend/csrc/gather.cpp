@@ -33,6 +33,12 @@ int64_t footprint_of(const Geometry& g) {
     return height * width * g.vector * g.y.source_phases * g.x.source_phases;
 }
 
+std::shared_ptr<const Table> table_of(granet_layout* layout, const Geometry& g, bool by_output) {
+    const double outputs = g.y.target_phases * g.x.target_phases;
+    const double density = double(layout->nnz()) / (double(g.rows * g.channels) * outputs);
+    return layout->table(access_of(g, by_output, block_of(footprint_of(g), g.channels, density, g.whole)));
+}
+
 void gather_values(const Table& table, const float* weight, float* values, int threads) {
     constexpr int64_t piece = 1 << 12;
     const int64_t nnz = table.nnz();

@@ -1,6 +1,8 @@
 // What the passes over the weight share.
 #pragma once
 
+#include <memory>
+
 #include "layout.h"
 #include "panel.h"
 
@@ -16,6 +18,9 @@ constexpr int64_t CHUNK = 16;  // rows whose tiles are stored together: what a c
 int64_t block_of(int64_t footprint, int64_t channels, double density, bool by_tap);
 
 int64_t footprint_of(const Geometry& g);
+
+// The weight's entries for a geometry, by output or by input channel.
+std::shared_ptr<const Table> table_of(granet_layout* layout, const Geometry& g, bool by_output);
 
 // values[j] = the weight of entry j.
 void gather_values(const Table& table, const float* weight, float* values, int threads);

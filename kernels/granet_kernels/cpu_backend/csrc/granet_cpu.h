@@ -10,7 +10,7 @@
 #define GRANET_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of what is declared here; the Python side refuses a library of another version.
-#define GRANET_ABI_VERSION 2
+#define GRANET_ABI_VERSION 3
 
 typedef enum { GRANET_OK = 0, GRANET_OUT_OF_MEMORY = 1, GRANET_UNSUPPORTED = 2 } granet_status;
 
@@ -54,6 +54,12 @@ GRANET_API int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* con
 GRANET_API int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* conv, const float* g,
                                    const int64_t g_strides[4], const float* x, const int64_t x_strides[4], float* dw,
                                    int threads);
+
+// Both: the same bits as by the two functions above, with one pass fewer over g where the stride is 1.
+GRANET_API int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const float* g,
+                                      const int64_t g_strides[4], const float* x, const int64_t x_strides[4],
+                                      const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
+                                      int threads);
 
 // Batch norm with the statistics of the batch, and what may follow it: y = act((x - mean) * invstd * gamma + beta +
 // residual), act being max(., 0) if `relu`. Images (n, c, pixels), contiguous; the rest (c,). residual may be NULL.

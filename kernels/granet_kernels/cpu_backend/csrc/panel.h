@@ -45,6 +45,8 @@ struct Geometry {
     int64_t phase_pitch() const { return panel_h() * pitch(); }               // of a source phase
     int64_t channel_pitch() const { return y.source_phases * x.source_phases * phase_pitch(); }
     int64_t panel_bytes() const { return channels * channel_pitch(); }
+    int64_t region_bytes() const { return th * tw * y.target_phases * x.target_phases * vector; }  // of a row's tile
+    int64_t gradient_bytes() const { return rows * th * row_vectors() * vector; }  // of all rows' grid rows of a tile
     int64_t row_vectors() const { return x.grid() * groups; }
     int64_t panels() const;  // of all images
     int64_t bands() const { return (y.grid() + band - 1) / band; }
