@@ -1,4 +1,7 @@
-"""Where the time of a training step goes: the self times of torch.profiler, added up by what they belong to."""
+"""Where the time of a training step goes: the self times of torch.profiler, added up by what they belong to.
+
+A profiler sees ops, so each gradient is an op of its own here; in a step that nothing watches, both are one call.
+"""
 
 from __future__ import annotations
 

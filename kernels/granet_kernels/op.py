@@ -37,7 +37,7 @@ class Op:
         self._name = name.replace("::", "_")
         self._kernels: dict[str, Callable[..., Any]] = {"cpu": reference, "cuda": reference}
         self._function: type[Function] | None = None
-        self._gradients: dict[str, Callable[..., Any]] = {}
+        self._gradients: dict[str, tuple[Callable[..., Any], list[tuple[Op, Callable[..., Any]]]]] = {}
 
     def __call__(self, *operands: Any) -> Any:
         if not is_eager(*operands) or torch.autograd._profiler_enabled():
@@ -61,11 +61,12 @@ class Op:
 
         return register
 
-    def register_gradients(self, device: str) -> Callable[[Kernel], Kernel]:
-        """Decorates what `gradients` calls on devices of a type."""
+    def register_gradients(self, device: str, *ops: Op) -> Callable[[Kernel], Kernel]:
+        """Decorates what `gradients` calls on devices of a type, as long as this op and `ops`, which compute the same
+        gradients one by one, have the kernels that they have now."""
 
         def register(function: Kernel) -> Kernel:
-            self._gradients[device] = function
+            self._gradients[device] = function, [(op, op.kernel(device)) for op in (self, *ops)]
             return function
 
         return register
@@ -75,22 +76,22 @@ class Op:
 
         Ops have to be called where gradients are differentiated again, or something looks at ops.
         """
-        function = self._gradients.get(operands[0].device.type)
-        if function is None or torch.is_grad_enabled() or not is_eager(*operands):
+        device = operands[0].device.type
+        if device not in self._gradients or torch.is_grad_enabled() or not is_eager(*operands):
             return None
-        return None if torch.autograd._profiler_enabled() else function(*operands)
+        function, kernels = self._gradients[device]
+        replaced = any(op.kernel(device) is not kernel for op, kernel in kernels)
+        return None if replaced or torch.autograd._profiler_enabled() else function(*operands)
 
     @contextmanager
     def computed_by(self, device: str, kernel: Callable[..., Any]) -> Iterator[None]:
-        """Within it, the kernel takes the place of the one registered for a type of device, without `gradients`."""
-        before, gradients = self._kernels[device], self._gradients
+        """Within it, the kernel takes the place of the one registered for a type of device."""
+        before = self._kernels[device]
         self.register_kernel(device)(kernel)
-        self._gradients = {}
         try:
             yield
         finally:
             self.register_kernel(device)(before)
-            self._gradients = gradients
 
     def register_fake(self, fake: Kernel) -> Kernel:
         """Decorates what gives results of the right shapes, dtypes and strides without computing them."""

@@ -172,19 +172,17 @@ class Plan:
         sites[0].passed += 1
         return sites[0].passed % _PASSING != 0
 
-    def agrees_on_native(self, sites: Sequence[Site], layout: SparseLayout) -> bool:
-        """Whether all of these calls run natively, and none is to be timed: then they count as made."""
+    def are_all_native(self, sites: Sequence[Site], layout: SparseLayout) -> bool:
+        """Whether the next calls at all of these sites run natively, and none is to be timed.
+
+        Such calls may be made together, if they are counted. Times are those of calls one by one, which take longer.
+        """
         mode, bucket = self.mode(), layout.bucket
         if mode != MEASURED:
-            native = all(self._fixed_choice(mode, site, layout) == NATIVE for site in sites)
-        else:
-            native = all(
-                site.choices.get(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD for site in sites
-            )
-        if native:
-            for site in sites:
-                site.count(bucket)
-        return native
+            return all(self._fixed_choice(mode, site, layout) == NATIVE for site in sites)
+        return all(
+            site.choices.get(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites
+        )
 
     def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
         """Take down what a timed call took.
@@ -332,7 +330,7 @@ if hasattr(os, "register_at_fork"):
 
 mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
-agrees_on_dense, agrees_on_native = _plan.agrees_on_dense, _plan.agrees_on_native
+agrees_on_dense, are_all_native = _plan.agrees_on_dense, _plan.are_all_native
 is_warm, note = plan_notes.is_warm, plan_notes.note
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
 save, load, clear = _plan.save, _plan.set_mode, _plan.clear

@@ -229,25 +229,30 @@ def test_a_stall_counts_as_ten_times_the_winner():
 
 
 def test_calls_that_need_no_choice():
-    """They are native, and count; where one of them is due to be timed, the plan has to be asked for each."""
+    """They are native; where one of them is due to be timed, the plan has to be asked for each."""
     machine = Machine(1e-3, lambda density: density * 1e-3)
     mask, other = mask_of(0.1), machine.plan.site("linear wgrad")
     layout, sites = layout_of(mask), (machine.site, other)
-    assert not machine.plan.agrees_on_native(sites, layout)  # nothing is known
+    assert not machine.plan.are_all_native(sites, layout)  # nothing is known
     machine.settle(mask)
-    assert not machine.plan.agrees_on_native(sites, layout)
+    assert not machine.plan.are_all_native(sites, layout)
     for _ in range(200):
         machine.call(mask, other)
-    assert other.counts == machine.site.counts == {layout.bucket: 200}
-    agreed = [machine.plan.agrees_on_native(sites, layout) for _ in range(10)]
-    assert agreed == [True] * 7 + [False] * 3  # the 208th is to be timed
-    assert other.counts == machine.site.counts == {layout.bucket: 207}
+    for _ in range(7):
+        assert machine.plan.are_all_native(sites, layout)
+        assert other.count(layout.bucket) == machine.site.counts[layout.bucket] + 1
+        machine.site.count(layout.bucket)
+    assert not machine.plan.are_all_native(sites, layout)  # the 208th
+    other.count(layout.bucket)
+    assert not machine.plan.are_all_native(sites, layout)
+    machine.site.count(layout.bucket)
+    assert machine.plan.are_all_native(sites, layout)
 
 
 @pytest.mark.parametrize("mode", ["rule", NATIVE, DENSE])
 def test_fixed_modes_need_no_choice(mode):
     machine = Machine(1e-3, lambda density: 1e-3, mode=mode)
-    found = [machine.plan.agrees_on_native([machine.site], layout_of(mask_of(density))) for density in (0.9, 0.1)]
+    found = [machine.plan.are_all_native([machine.site], layout_of(mask_of(density))) for density in (0.9, 0.1)]
     assert found == {"rule": [False, True], NATIVE: [True, True], DENSE: [False, False]}[mode]
 
 

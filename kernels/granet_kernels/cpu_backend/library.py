@@ -71,6 +71,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [*[c_void_p, POINTER(Conv)], *[c_void_p, _Sizes] * 2, *[c_void_p, c_void_p, _Sizes, c_void_p, c_int]],
     ),
+    "granet_conv2d_reads_once": (c_int, [c_void_p, POINTER(Conv), _Sizes, _Sizes, _Sizes, c_int]),
     "granet_norm_forward": (c_int, [POINTER(Norm), *[c_void_p] * 8, c_int]),
     "granet_norm_backward": (c_int, [POINTER(Norm), *[c_void_p] * 11, c_int]),
     "granet_pool_forward": (c_int, [*[c_int64] * 3, *[c_void_p] * 3, c_int]),

@@ -137,7 +137,7 @@ def _conv2d_wgrad(
     )
 
 
-@linear_op.register_gradients("cpu")
+@linear_op.register_gradients("cpu", linear_dgrad_op, linear_wgrad_op)
 def _linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
@@ -148,7 +148,7 @@ def _linear_gradients(
     return None if dgrad is None or wgrad is None else _run_both(dgrad, wgrad, grad, x, weight, mask)
 
 
-@conv2d_op.register_gradients("cpu")
+@conv2d_op.register_gradients("cpu", conv2d_dgrad_op, conv2d_wgrad_op)
 def _conv2d_gradients(
     grad: Tensor,
     x: Tensor,
@@ -173,7 +173,7 @@ def _run_both(
 ) -> tuple[Tensor, Tensor] | None:
     """Both gradients natively, or None if the plan has other wishes, which are for the ops."""
     layout = layout_of(mask)
-    if not plan.agrees_on_native((dgrad.site, wgrad.site), layout):
+    if not plan.are_all_native((dgrad.site, wgrad.site), layout):
         return None
     lib: Any = library.load()
     w = weight if dgrad.fits else _as_mask(weight, mask)
@@ -195,6 +195,7 @@ def _run_both(
         return None
     library.check(status)
     for call in (dgrad, wgrad):
+        call.site.count(layout.bucket)
         plan.note(call.site, call.direction, layout, plan.NATIVE)
     return x_grad, w_grad
 

@@ -55,11 +55,14 @@ GRANET_API int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* con
                                    const int64_t g_strides[4], const float* x, const int64_t x_strides[4], float* dw,
                                    int threads);
 
-// Both: the same bits as by the two functions above, with one pass fewer over g where the stride is 1.
+// Both: the same bits as by the two functions above. Where both can read one panel of g, in one pass fewer over it;
+// reads_once says whether they do, 1 or 0.
 GRANET_API int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const float* g,
                                       const int64_t g_strides[4], const float* x, const int64_t x_strides[4],
                                       const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
                                       int threads);
+GRANET_API int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* conv, const int64_t g_strides[4],
+                                        const int64_t x_strides[4], const int64_t dx_strides[4], int threads);
 
 // Batch norm with the statistics of the batch, and what may follow it: y = act((x - mean) * invstd * gamma + beta +
 // residual), act being max(., 0) if `relu`. Images (n, c, pixels), contiguous; the rest (c,). residual may be NULL.

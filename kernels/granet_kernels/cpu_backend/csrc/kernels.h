@@ -76,6 +76,7 @@ struct KernelSet {
     int lanes;
     int max_tile, max_dot;  // vectors in the largest tile of each kind
     int shared_rows;        // R
+    bool streams;           // whether a whole vector goes past the cache where that is asked for
     static constexpr int max_th = 4, max_tw = 28;
     void (*tiles[max_th][max_tw])(const TileArgs&);  // [th - 1][tw - 1]; NULL: no such tile
     void (*dots[max_th][max_tw])(const DotArgs&);

@@ -301,6 +301,7 @@ KernelSet make_set() {
     set.max_tile = MAX_TILE;
     set.max_dot = MAX_DOT;
     set.shared_rows = SHARED;
+    set.streams = STREAMS;
     fill<1, KernelSet::max_tw>(set);
     fill<2, KernelSet::max_tw>(set);
     fill<3, KernelSet::max_tw>(set);

@@ -24,11 +24,12 @@ void scatter(const Sums& sums, int32_t begin, int32_t end, float* to, int64_t fi
 
 // Fewer chunks where the weight is less sparse: the sums of all stay below half the dense gradient, if they are
 // several. Powers of two: whatever the number of threads, they end together.
-int64_t chunk_count(int64_t parts, int64_t numel, int64_t nnz) {
-    const int64_t most = std::min(parts, std::max<int64_t>(1, numel / (2 * nnz)));
+Cut cut_of(const granet_layout& layout, int64_t parts, int threads) {
+    const int64_t outputs = layout.shape[0], numel = outputs * layout.shape[1] * layout.taps();
+    const int64_t most = std::min(parts, std::max<int64_t>(1, numel / (2 * layout.nnz())));
     int64_t chunks = 1;
     while (2 * chunks <= std::min(most, MAX_CHUNKS)) chunks *= 2;
-    return chunks;
+    return Cut{parts, chunks, std::min<int64_t>((threads + chunks - 1) / chunks, outputs)};
 }
 
 void clear(float* dw, int64_t count, int threads) {
@@ -54,7 +55,8 @@ void write_gradient(const KernelSet& k, const Sums& sums, const granet_layout& l
     }
     const int64_t height = sums.table.access.height;
     const int64_t together = std::max<int64_t>(1, (1 << 13) / row / height) * height;  // output channels
-    const bool stream = goes_past_cache(outputs * row) && row % k.lanes == 0 && row <= LONGEST_ROW;
+    const bool lines = row % k.lanes == 0 && uintptr_t(dw) % (k.lanes * sizeof(float)) == 0;  // in every piece
+    const bool stream = k.streams && lines && goes_past_cache(outputs * row) && row <= LONGEST_ROW;
     const int64_t items = (outputs + together - 1) / together;
     const ThreadScratch scratch(threads, stream ? items : 0, together * row * sizeof(float), 0);
     parallel_for(threads, items, [&](int64_t i) {

@@ -27,30 +27,31 @@ struct Sums {
     }
 };
 
-// Of `parts` of the images, for a weight of `numel` positions.
-int64_t chunk_count(int64_t parts, int64_t numel, int64_t nnz);
+// How the work on `parts` of the images is cut: into chunks of parts, and each into ranges of rows, as many as the
+// threads ask for.
+struct Cut {
+    int64_t parts, chunks, splits;
+    int64_t items() const { return chunks * splits; }
+};
+Cut cut_of(const granet_layout& layout, int64_t parts, int threads);
 
 void clear(float* dw, int64_t count, int threads);
 
 // The gradient of all positions.
 void write_gradient(const KernelSet& k, const Sums& sums, const granet_layout& layout, float* dw, int threads);
 
-// Cuts `parts` into chunks, and the rows into as many ranges as the threads ask for, and calls
-// work(row_begin, row_end, begin, end, sums) for each.
+// Calls work(row_begin, row_end, begin, end, sums) for each item, and writes the gradient.
 template <typename Work>
-void sum_chunks(const KernelSet& k, const granet_layout& layout, const Table& table, int64_t parts, float* dw,
+void sum_chunks(const KernelSet& k, const granet_layout& layout, const Table& table, const Cut& cut, float* dw,
                 int threads, const Work& work) {
-    const int64_t outputs = layout.shape[0];
-    const int64_t chunks = chunk_count(parts, outputs * layout.shape[1] * layout.taps(), table.nnz());
-    const int64_t splits = std::min<int64_t>((threads + chunks - 1) / chunks, outputs);
-    const Scratch memory(chunks * table.nnz() * sizeof(float));
-    const Sums sums{table, chunks, memory.as<float>()};
-    parallel_for(threads, chunks * splits, [&](int64_t item) {
-        const int64_t chunk = item / splits, split = item % splits;
-        const int64_t height = table.access.height, groups = outputs / height;
-        const int64_t row_begin = groups * split / splits * height, row_end = groups * (split + 1) / splits * height;
-        sums.clear(chunk, row_begin, row_end);
-        work(row_begin, row_end, parts * chunk / chunks, parts * (chunk + 1) / chunks, sums.of(chunk));
+    const Scratch memory(cut.chunks * table.nnz() * sizeof(float));
+    const Sums sums{table, cut.chunks, memory.as<float>()};
+    parallel_for(threads, cut.items(), [&](int64_t item) {
+        const int64_t chunk = item / cut.splits, split = item % cut.splits;
+        const int64_t height = table.access.height, groups = layout.shape[0] / height;
+        const int64_t begin = groups * split / cut.splits * height, end = groups * (split + 1) / cut.splits * height;
+        sums.clear(chunk, begin, end);
+        work(begin, end, cut.parts * chunk / cut.chunks, cut.parts * (chunk + 1) / cut.chunks, sums.of(chunk));
     });
     write_gradient(k, sums, layout, dw, threads);
 }

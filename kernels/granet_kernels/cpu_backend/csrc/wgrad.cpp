@@ -16,7 +16,7 @@ int wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c
     const auto table = table_of(layout, g, true);
     const DotPass pass{g, k, *table, gradient, source};
     const ThreadScratch scratch(threads, threads, g.panel_bytes(), g.gradient_bytes());
-    sum_chunks(k, *layout, *table, g.panels() * g.bands(), dw, threads,
+    sum_chunks(k, *layout, *table, cut_of(*layout, g.panels() * g.bands(), threads), dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    const ThreadScratch::Lease lease(scratch);
                    DotItem item(pass, row_begin, row_end, sums);
@@ -35,7 +35,7 @@ int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const
     if (!direct_applies(k, c, source.strides, gradient.strides))
         return wgrad_panels(k, layout, c, gradient, source, dw, threads);
     const auto table = layout->table(wgrad_direct_access(k, c, source.strides[1], layout));
-    sum_chunks(k, *layout, *table, c.n, dw, threads,
+    sum_chunks(k, *layout, *table, cut_of(*layout, c.n, threads), dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    wgrad_direct(k, *table, gradient, source, c.h * c.w, Part{row_begin, row_end, begin, end}, sums);
                });
