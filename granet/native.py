@@ -12,23 +12,32 @@ from granet_kernels.cpu_backend import library
 from granet_kernels.eager import is_eager
 
 LEAST_VALUES = 2**17  # of an image batch: below, the call of the op costs more than its native code saves
+LEAST_CHANNELS = 16  # in channels_last: fewer fill no vector, and torch is faster
 
 
-def is_native_image(x: Tensor) -> bool:
+def is_native_image(x: Tensor, takes_channels_last: bool = False) -> bool:
     """Whether native code takes x, and is faster: a large batch of images in float32, contiguous, on the cpu.
 
     Not under torch.compile, which fuses by itself, nor in a run that the plan fixes to be dense.
+
+    Args:
+        x: of any kind.
+        takes_channels_last: whether the native code takes that format too.
     """
     return (
         is_eager(x)  # a traced module is to run without granet; for torch.func, custom ops have no rules
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() == 4
-        and x.is_contiguous()
+        and (x.is_contiguous() or (takes_channels_last and _is_channels_last(x)))
         and x.numel() >= LEAST_VALUES
         and granet_kernels.plan.mode() != "dense"
         and library.unavailable() is None
     )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.shape[1] >= LEAST_CHANNELS and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def traced(module: nn.Module, input: Tensor) -> Tensor | None:

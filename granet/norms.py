@@ -35,7 +35,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def is_native(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Whether `normalize` takes these; if not, forward() does what torch does, raising errors included."""
         return (
-            is_native_image(x)
+            is_native_image(x, takes_channels_last=True)
             and x.numel() > x.shape[1] > 0  # the variance of one value is torch's error to raise
             and (residual is None or _is_like(residual, x))
             and (self.training or (self.running_mean is None and self.running_var is None))

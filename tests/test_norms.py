@@ -22,6 +22,7 @@ needs_library = pytest.mark.skipif(library.unavailable() is not None, reason="no
 @pytest.fixture(autouse=True)
 def _small_images_too(monkeypatch):
     monkeypatch.setattr(native, "LEAST_VALUES", 0)
+    monkeypatch.setattr(native, "LEAST_CHANNELS", 0)
 
 
 @pytest.fixture
@@ -61,14 +62,19 @@ SETTINGS = {
 }
 
 
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+formats = pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
+
+
+@formats
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_norm_does_what_torchs_does(settings):
+def test_a_norm_does_what_torchs_does(settings, layout):
     torch.manual_seed(0)
     plain = spread(nn.BatchNorm2d(5, **settings))
     own = norms.BatchNorm2d(5, **settings)
     own.load_state_dict(plain.state_dict())
     for training in (True, True, False, True):
-        x = (torch.randn(4, 5, 3, 3) * 3 + 1).requires_grad_()
+        x = (torch.randn(4, 5, 3, 3) * 3 + 1).contiguous(memory_format=layout).requires_grad_()
         expected, actual = plain.train(training)(x), own.train(training)(x)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         grad = torch.randn_like(x)
@@ -101,6 +107,9 @@ def test_where_a_norm_is_native(recorded):
     bn(x)
     assert recorded == [(5, False, False)]
     bn(x.contiguous(memory_format=torch.channels_last))
+    assert recorded == [(5, False, False)] * 2
+    recorded.pop()
+    bn(torch.cat([x, x], 1)[:, :5])
     bn.double()(x.double())
     bn.float().eval()(x)
     with plan.use("dense"):
@@ -110,6 +119,16 @@ def test_where_a_norm_is_native(recorded):
     assert len(recorded) == 1
     norms.BatchNorm2d(5, track_running_stats=False).eval()(x)
     assert len(recorded) == 2
+
+
+@needs_library
+def test_few_channels_in_channels_last_are_left_to_torch(monkeypatch, recorded):
+    monkeypatch.setattr(native, "LEAST_CHANNELS", 16)
+    for channels in (15, 16):
+        x = torch.randn(4, channels, 3, 3)
+        norms.BatchNorm2d(channels)(x)
+        norms.BatchNorm2d(channels)(x.contiguous(memory_format=torch.channels_last))
+    assert recorded == [(15, False, False), (16, False, False), (16, False, False)]
 
 
 @needs_library
@@ -147,19 +166,22 @@ def loss_and_gradients(model, x):
 MODELS = {"digits-cnn": 1, "resnet20": 3, "vgg19": 3, "resnet18": 3, "resnet50": 3}
 
 
+@formats
 @pytest.mark.parametrize(("name", "channels"), MODELS.items(), ids=MODELS)
-def test_a_sparsified_model_computes_what_the_plain_one_does(name, channels):
-    """As near to float64 as the plain one: what rounding does grows on the way through a fresh network."""
+def test_a_sparsified_model_computes_what_the_plain_one_does(name, channels, layout):
+    """As in float64, but for the few values that rounding takes across a ReLU's zero: one is 1 % of some gradient."""
     torch.manual_seed(0)
     plain = create_model(name, in_channels=channels)
+    half_on(plain)
+    plain = plain.to(memory_format=layout)
     own = granet.sparsify(copy.deepcopy(plain))
-    x = torch.randn(4, channels, 32, 32)
+    x = torch.randn(4, channels, 32, 32).contiguous(memory_format=layout)
     exact = loss_and_gradients(copy.deepcopy(plain).double(), x.double())
     for training in (True, False):
         expected, actual = (loss_and_gradients(model.train(training), x) for model in (plain, own))
         if training:
-            error, torchs_error = (difference(result, exact) for result in (actual, expected))
-            assert error <= 3 * torchs_error + 1e-6
+            assert (actual[0].double() - exact[0]).norm() <= 2e-4 * exact[0].norm()
+            assert largest_error(actual[1], exact[1]) <= 0.03
         else:
             # The running statistics come from the step before, and the rest is torch's own.
             torch.testing.assert_close(actual[0], expected[0], rtol=1e-3, atol=1e-3)
@@ -167,15 +189,23 @@ def test_a_sparsified_model_computes_what_the_plain_one_does(name, channels):
         torch.testing.assert_close(own_buffer, buffer, rtol=1e-3, atol=1e-4)
 
 
-def difference(result, exact):
-    """The largest relative error, in norm, of the output and the gradients."""
-    pairs = zip([result[0], *result[1]], [exact[0], *exact[1]], strict=True)
-    return max(float((a.double() - e).norm() / e.norm()) for a, e in pairs)
+def half_on(model):
+    """Biases that leave few values near a ReLU's zero, where rounding decides whether a gradient passes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data = torch.where(torch.rand_like(module.bias) < 0.5, 2.0, -2.0)
+
+
+def largest_error(gradients, exact):
+    """The largest error of a gradient, in norm; what is 0 but for rounding counts as a thousandth of all."""
+    least = 1e-3 * torch.stack([e.norm() for e in exact]).norm()
+    return max(float((g.double() - e).norm() / (e.norm() + least)) for g, e in zip(gradients, exact, strict=True))
 
 
 @needs_library
-def test_pairs_and_blocks_run_as_one_operation(recorded):
-    x = torch.randn(2, 3, 32, 32)
+@formats
+def test_pairs_and_blocks_run_as_one_operation(recorded, layout):
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=layout)
     granet.sparsify(small())(x)
     assert recorded == [(8, False, True)]
     recorded.clear()

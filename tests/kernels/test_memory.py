@@ -2,11 +2,13 @@
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granet_kernels.cpu_backend import library, memory
@@ -56,6 +58,7 @@ def test_neighbours_are_joined(order):
     assert memory.empty((3 * LARGE[0],)).data_ptr() == first
 
 
+@settings(deadline=None)  # the first requests of a size map memory
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 6)), max_size=40), st.booleans())
 def test_any_order_of_requests(steps, release):
     tensors = {}
@@ -142,3 +145,14 @@ def test_pickled_and_copied():
     assert torch.equal(tensor.clone(), tensor.detach())
     tensor.data = tensor.data.clone()
     assert (tensor == 3).all()
+
+
+def test_a_tensor_may_outlive_the_names_of_the_module():
+    script = (
+        "from granet_kernels.cpu_backend import memory\n"
+        "tensor = memory.empty((1 << 20,))\n"
+        "vars(memory).clear()\n"  # as the interpreter does when it ends
+        "del tensor\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from granet_kernels import norm
 from granet_kernels.cpu_backend import library
+from granet_kernels.reference import norm_backward_ref, norm_ref
 
 OPS = torch.ops.granet
 EPS = 1e-3
@@ -23,9 +25,11 @@ SHAPES = [
     if n * side > 1  # one value a channel has no variance
 ]
 FORMS = {"plain": (False, False), "relu": (False, True), "residual": (True, False), "residual-relu": (True, True)}
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 ISAS = ["portable", "avx2", "avx512"]
 needs_library = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
 forms = pytest.mark.parametrize(("added", "relu"), FORMS.values(), ids=FORMS)
+formats = pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +42,9 @@ def _one_thread_and_nan_in_new_memory():
     torch.set_num_threads(threads)
 
 
-def operands(shape, added, dtype=torch.float32):
+def operands(shape, added, dtype=torch.float32, layout=torch.contiguous_format):
     """x of mean 0.5, gamma of both signs, beta, residual or None, gradient of y."""
-    x, residual, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    x, residual, grad = (torch.randn(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(3))
     gamma, beta = torch.randn(shape[1], dtype=dtype), torch.randn(shape[1], dtype=dtype)
     return x + 0.5, gamma, beta, residual if added else None, grad
 
@@ -92,18 +96,41 @@ def test_hand_worked():
 
 
 @forms
+@formats
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_accurate_as_torch(shape, added, relu, assert_as_accurate):
-    tensors = away_from_the_kink(*operands(shape, added), relu)
+def test_as_accurate_as_torch(shape, layout, added, relu, assert_as_accurate):
+    tensors = away_from_the_kink(*operands(shape, added, layout=layout), relu)
     assert_as_torch(results(norm, *tensors, relu), tensors, relu, assert_as_accurate)
 
 
 @needs_library
 @forms
+@formats
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", [(5, 7, 1, 1), (1, 1, 7, 7), (16, 7, 3, 3), (5, 64, 16, 16)], ids=str)
-def test_every_instruction_set_and_number_of_threads(shape, isa, added, relu, assert_as_accurate, isa_used):
-    tensors = away_from_the_kink(*operands(shape, added), relu)
+def test_every_instruction_set_and_number_of_threads(shape, isa, layout, added, relu, assert_as_accurate, isa_used):
+    tensors = away_from_the_kink(*operands(shape, added, layout=layout), relu)
+    with isa_used(isa):
+        actual = results(norm, *tensors, relu)
+        for threads in (2, 4):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, actual, results(norm, *tensors, relu)))
+    assert_as_torch(actual, tensors, relu, assert_as_accurate)
+
+
+# Channels that fill no vector, one and a part, several kinds of groups; rows of one piece, of several, of many items.
+CHANNELS_LAST = [
+    *((2, 2, 2, 1), (2, 63, 1, 1), (3, 3, 29, 31), (2, 17, 33, 3), (9, 63, 5, 7)),
+    *((64, 100, 1, 1), (2, 512, 1, 1), (40, 512, 2, 3), (1, 48, 64, 64)),
+]
+
+
+@needs_library
+@forms
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", CHANNELS_LAST, ids=str)
+def test_rows_of_channels(shape, isa, added, relu, assert_as_accurate, isa_used):
+    tensors = away_from_the_kink(*operands(shape, added, layout=torch.channels_last), relu)
     with isa_used(isa):
         actual = results(norm, *tensors, relu)
         for threads in (2, 4):
@@ -113,7 +140,72 @@ def test_every_instruction_set_and_number_of_threads(shape, isa, added, relu, as
 
 
 @needs_library
-def test_contiguous_float32_runs_natively_and_nothing_else(monkeypatch):
+@formats
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_large_mean_does_not_cancel(isa, layout, assert_as_accurate, isa_used):
+    """Nor does one that moves from image to image, by far more than the values of an image do."""
+    values = torch.randn(40, 5, 9, 9)
+    for x in (values * 0.05 + 1000, values * 0.05 + torch.linspace(-1e3, 2e3, 40)[:, None, None, None]):
+        x = x.contiguous(memory_format=layout)
+        exact = x.double()
+        with isa_used(isa):
+            y, mean, var = norm(x, torch.ones(5), torch.zeros(5), eps=EPS)
+        theirs, torch_mean, torch_var = torchs(x, torch.ones(5), torch.zeros(5), None, EPS, False)
+        true, true_mean, true_var = torchs(exact, torch.ones(5).double(), torch.zeros(5).double(), None, EPS, False)
+        # Without a fused multiply-add, the product of x and its scale is rounded before the mean is taken off.
+        product = float((x.abs().amax((0, 2, 3)) / (true_var + EPS).sqrt()).max()) if isa == "portable" else 0
+        error, torch_error = (float((t - true).abs().max()) for t in (y, theirs))
+        assert error <= 2 * torch_error + torch.finfo(x.dtype).eps * max(product / 2, float(true.abs().max()))
+        assert_as_accurate(mean, torch_mean, true_mean)
+        torch.testing.assert_close(var.double(), true_var, rtol=1e-4, atol=0)
+        assert float((var - true_var).abs().max()) <= 2 * float((torch_var - true_var).abs().max()) + 1e-6
+
+
+STRIDES = {
+    "contiguous": (12, 4, 2, 1),
+    "channels-last": (12, 1, 6, 3),
+    "one channel": (4, 1, 2, 1),
+    "one pixel": (3, 1, 1, 1),
+    "one pixel, channels-last": (3, 1, 3, 3),
+    "one image": (1, 1, 6, 3),
+}
+
+
+@pytest.mark.parametrize(("name", "strides"), STRIDES.items(), ids=STRIDES)
+@pytest.mark.parametrize("other", [torch.contiguous_format, torch.channels_last], ids=FORMATS)
+def test_results_have_the_strides_that_compiled_code_expects(name, strides, other):
+    shape = (
+        1 if name == "one image" else 3,
+        1 if name == "one channel" else 3,
+        *((1, 1) if "pixel" in name else (2, 2)),
+    )
+    x = torch.empty_strided(shape, strides).copy_(torch.randn(shape))
+    assert x.stride() == strides
+    _, gamma, beta, residual, grad = operands(shape, True, layout=other)
+    true = norm_ref(x, gamma, beta, residual, EPS, True)
+    backward = grad, x, true[0], gamma, beta, true[1], true[2], EPS, True
+    expected = [*true, *norm_backward_ref(*backward)]
+    actual = [*OPS.norm(x, gamma, beta, residual, EPS, True), *OPS.norm_backward(*backward)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [*OPS.norm(x, gamma, beta, residual, EPS, True), *OPS.norm_backward(*backward)]
+    for own, result, fake in zip(actual, expected, fakes, strict=True):
+        assert own.stride() == fake.stride()
+        torch.testing.assert_close(own, result, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+@formats
+def test_images_in_the_other_format_and_expanded_gradients(layout):
+    x, gamma, beta, residual, grad = operands((3, 20, 5, 6), True, layout=layout)
+    tensors = x, gamma, beta, residual, grad[:1, :1].expand(3, 20, 5, 6)
+    expected = results(norm, *tensors[:4], tensors[4].contiguous(memory_format=layout), True)
+    for other in FORMATS.values():
+        given = x, gamma, beta, residual.contiguous(memory_format=other), tensors[4]
+        assert all(map(torch.equal, expected, results(norm, *given, True)))
+
+
+@needs_library
+def test_dense_float32_runs_natively_and_nothing_else(monkeypatch):
     class Counting:
         calls = 0
 
@@ -128,12 +220,15 @@ def test_contiguous_float32_runs_natively_and_nothing_else(monkeypatch):
     assert Counting.calls == 2
     last = x.contiguous(memory_format=torch.channels_last)
     results(norm, last, gamma, beta, residual, grad, True)
-    results(norm, *(t.double() for t in (x, gamma, beta, residual, grad)), True)
-    assert Counting.calls == 2
-    # Operands of any strides are taken if x is contiguous.
-    expanded = grad[:1, :1].expand(2, 3, 4, 4)
-    results(norm, x, gamma.repeat(2)[::2], beta, residual.transpose(2, 3), expanded, True)
     assert Counting.calls == 4
+    results(norm, *(t.double() for t in (x, gamma, beta, residual, grad)), True)
+    results(norm, torch.cat([last, last], 1)[:, :3], gamma, beta, residual, grad, True)
+    assert Counting.calls == 4
+    # Operands of any strides are taken if x is dense.
+    expanded = grad[:1, :1].expand(2, 3, 4, 4)
+    for dense in (x, last):
+        results(norm, dense, gamma.repeat(2)[::2], beta, residual.transpose(2, 3), expanded, True)
+    assert Counting.calls == 8
 
 
 LAYOUTS = {
@@ -156,16 +251,18 @@ def test_strided_images(layout, added, relu):
 
 
 @forms
+@formats
 @pytest.mark.parametrize("isa", [None, *ISAS])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("spoiled", ["x", "gamma", "beta", "residual", "gradient"])
-def test_what_is_not_finite_is_where_torch_has_it(spoiled, value, isa, added, relu, isa_used):
+@pytest.mark.parametrize("channels", [5, 21])
+def test_what_is_not_finite_is_where_torch_has_it(channels, spoiled, value, isa, layout, added, relu, isa_used):
     """The result is torch's. Where a gradient is not finite, sums in another order make NaN of torch's inf."""
-    tensors = away_from_the_kink(*operands((3, 5, 3, 7), added), relu)
+    tensors = away_from_the_kink(*operands((3, channels, 3, 7), added, layout=layout), relu)
     target = dict(zip(["x", "gamma", "beta", "residual", "gradient"], tensors, strict=True))[spoiled]
     if target is None:
         pytest.skip("there is no residual")
-    target.reshape(-1)[2] = value
+    target[(0, 2, 0, 0) if target.dim() == 4 else 2] = value
     if isa is None:
         tensors = [t if t is None else t.double() for t in tensors]
         actual = results(norm, *tensors, relu)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _PROCESS = os.getpid()
 
@@ -36,7 +36,11 @@ class Conv(ctypes.Structure):
 class Norm(ctypes.Structure):
     """granet_norm of granet_cpu.h: batch norm of n images of c channels, and whether max(., 0) follows."""
 
-    _fields_ = (("n", c_int64), ("c", c_int64), ("pixels", c_int64), ("eps", c_double), ("relu", c_int))
+    _fields_ = (
+        *((name, c_int64) for name in ("n", "c", "pixels")),
+        ("eps", c_double),
+        *((name, c_int) for name in ("relu", "channels_last")),
+    )
 
 
 _Sizes = POINTER(c_int64)
@@ -76,6 +80,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "granet_norm_backward": (c_int, [POINTER(Norm), *[c_void_p] * 11, c_int]),
     "granet_pool_forward": (c_int, [*[c_int64] * 3, *[c_void_p] * 3, c_int]),
     "granet_pool_backward": (c_int, [*[c_int64] * 3, *[c_void_p] * 3, c_int]),
+    "granet_transpose": (c_int, [*[c_int64] * 3, *[c_void_p] * 2, c_int]),
     "granet_topk_mask": (
         c_int,
         [c_int64, _Pointers, _Pointers, _Sizes, _Sizes, c_int, c_int, _Pointers, c_int],

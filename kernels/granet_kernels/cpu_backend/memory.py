@@ -61,8 +61,9 @@ def release() -> int:
 def _block_type(size: int) -> Any:
     """A buffer that gives its memory back when the last tensor on it is gone."""
     give: Any = None if (native := library.load()) is None else native.granet_memory_give
+    address_of = ctypes.addressof  # by a name of this call: some tensors outlive the names of the module
 
     def __del__(self: Any) -> None:  # noqa: N807
-        give(ctypes.addressof(self))
+        give(address_of(self))
 
     return type("Block", (ctypes.c_char * size,), {"__del__": __del__})

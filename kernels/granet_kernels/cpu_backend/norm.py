@@ -1,4 +1,4 @@
-"""granet::norm and granet::norm_backward on a CPU: native code for contiguous float32, else the reference."""
+"""granet::norm and granet::norm_backward on a CPU: native code for float32 in either format, else the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from granet_kernels.cpu_backend import library, memory
 from granet_kernels.norm import norm_backward_op, norm_op
-from granet_kernels.reference import norm_backward_ref, norm_ref
+from granet_kernels.reference import image_format, norm_backward_ref, norm_ref
 
 
 @norm_op.register_kernel("cpu")
@@ -21,8 +21,8 @@ def _norm(
         return norm_ref(x, gamma, beta, residual, eps, relu)
     # These names keep the copies alive, where there are any, while the library reads them.
     gamma, beta = gamma.contiguous(), beta.contiguous()
-    added = None if residual is None else residual.contiguous()
-    y = memory.empty(x.shape)
+    added = None if residual is None else _in_format_of(x, residual)
+    y = _empty_like(x)
     mean, invstd, var = (torch.empty_like(gamma) for _ in range(3))
     library.check(
         native.granet_norm_forward(
@@ -56,11 +56,11 @@ def _norm_backward(
     native = library.load()
     if native is None or not _is_for_library(x, [grad, y], [gamma, beta, mean, invstd]):
         return norm_backward_ref(grad, x, y, gamma, beta, mean, invstd, eps, relu)
-    grad, out = grad.contiguous(), None if y is None else y.contiguous()
+    grad, out = _in_format_of(x, grad), None if y is None else _in_format_of(x, y)
     gamma, beta, mean, invstd = (values.contiguous() for values in (gamma, beta, mean, invstd))
-    x_grad = memory.empty(x.shape)
+    x_grad = _empty_like(x)
     gamma_grad, beta_grad = torch.empty_like(gamma), torch.empty_like(gamma)
-    residual_grad = x.new_empty(0) if y is None else memory.empty(x.shape)
+    residual_grad = x.new_empty(0) if y is None else _empty_like(x)
     library.check(
         native.granet_norm_backward(
             _geometry(x, eps, relu),
@@ -82,10 +82,10 @@ def _norm_backward(
 
 
 def _is_for_library(x: Tensor, images: Sequence[Tensor | None], channels: Sequence[Tensor]) -> bool:
-    """Whether x is contiguous and not empty, `images` are of its shape and `channels` (c,), and all are float32."""
+    """Whether x is dense in its format, not empty, `images` of its shape, `channels` (c,), and all of them float32."""
     return (
         x.dim() == 4
-        and x.is_contiguous()
+        and x.is_contiguous(memory_format=image_format(x, x))
         and x.numel() > 0
         and x.dtype == torch.float32
         and all(image is None or (image.dtype == x.dtype and image.shape == x.shape) for image in images)
@@ -93,6 +93,19 @@ def _is_for_library(x: Tensor, images: Sequence[Tensor | None], channels: Sequen
     )
 
 
+def _in_format_of(x: Tensor, image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=image_format(x, x))
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    _, c, h, w = x.shape
+    if image_format(x, x) == torch.channels_last:
+        return memory.empty_strided(x.shape, (c * h * w, 1, w * c, c))
+    return memory.empty(x.shape)
+
+
 def _geometry(x: Tensor, eps: float, relu: bool) -> library.Norm:
     n, c, h, w = x.shape
-    return library.Norm(n, c, h * w, eps, relu)
+    # One channel, or one pixel, lies in memory as in both formats: then the longer of the two is what a vector holds.
+    channels_last = c > 1 and (h * w == 1 or image_format(x, x) == torch.channels_last)
+    return library.Norm(n, c, h * w, eps, relu, channels_last)

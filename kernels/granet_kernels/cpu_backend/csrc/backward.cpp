@@ -1,5 +1,8 @@
-// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it: at 98 %, packing
-// and unpacking are a third of a linear layer's time.
+// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it: where few weights
+// are left, packing and unpacking are a third of a layer's time. (Not where the input gradient has narrower panels, as
+// in linear layers of few weights a row: they gain as much.)
+#include <optional>
+
 #include "direct.h"
 #include "dots.h"
 #include "sums.h"
@@ -15,10 +18,10 @@ struct Shared {
     Shared(const KernelSet& k, granet_layout* layout, const granet_conv& c)
         : dgrad(make_geometry(dgrad_axis(c.out_h, c.h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                               dgrad_axis(c.out_w, c.w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.out, c.in, k,
-                              Use::tiles, layout->shares_rows(false, k.shared_rows))),
+                              Use::tiles, layout->shares_rows(false, k.shared_rows), layout->density())),
           wgrad(make_geometry(forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                               forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k,
-                              Use::dots, layout->shares_rows(true, k.shared_rows))) {}
+                              Use::dots, layout->shares_rows(true, k.shared_rows), layout->density())) {}
 
     // Whether one panel of the incoming gradient serves both.
     bool one_panel() const {
@@ -48,11 +51,17 @@ struct Operands {
     float* dw;
 };
 
-bool reads_once(const KernelSet& k, const granet_layout& layout, const granet_conv& c, const Shared& shared,
-                const int64_t* g_strides, const int64_t* x_strides, const int64_t* dx_strides, int threads) {
-    return layout.nnz() > 0 && c.n > 0 && !direct_applies(k, c, g_strides, dx_strides) &&
-           !direct_applies(k, c, x_strides, g_strides) && shared.one_panel() &&
-           Shared::is_even(cut_of(layout, shared.wgrad.panels(), threads), threads);
+// What both gradients share, or nothing where each is better off alone.
+std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, const granet_conv& c,
+                                  const int64_t* g_strides, const int64_t* x_strides, const int64_t* dx_strides,
+                                  int threads) {
+    if (layout->nnz() == 0 || c.n == 0 || direct_applies(k, c, g_strides, dx_strides) ||
+        direct_applies(k, c, x_strides, g_strides))
+        return std::nullopt;
+    std::optional<Shared> shared(std::in_place, k, layout, c);
+    if (!shared->one_panel() || !Shared::is_even(cut_of(*layout, shared->wgrad.panels(), threads), threads))
+        shared.reset();
+    return shared;
 }
 
 void run_shared(const KernelSet& k, granet_layout* layout, const Shared& shared, const Operands& o, int threads) {
@@ -88,10 +97,9 @@ int granet_conv2d_backward(granet_layout* layout, const granet_conv* c, const fl
     using namespace granet;
     return guarded([&]() -> int {
         const KernelSet& k = kernels();
-        const Shared shared(k, layout, *c);
-        if (reads_once(k, *layout, *c, shared, g_strides, x_strides, dx_strides, threads)) {
+        if (const auto shared = find_shared(k, layout, *c, g_strides, x_strides, dx_strides, threads)) {
             const Operands o{{g, g_strides, c->n}, {x, x_strides, c->n}, weight, dx, dx_strides, dw};
-            run_shared(k, layout, shared, o, threads);
+            run_shared(k, layout, *shared, o, threads);
             return GRANET_OK;
         }
         const int status = granet_conv2d_dgrad(layout, c, g, g_strides, weight, dx, dx_strides, threads);
@@ -103,8 +111,7 @@ int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* c, const 
                              const int64_t x_strides[4], const int64_t dx_strides[4], int threads) {
     using namespace granet;
     try {
-        const KernelSet& k = kernels();
-        return reads_once(k, *layout, *c, Shared(k, layout, *c), g_strides, x_strides, dx_strides, threads);
+        return find_shared(kernels(), layout, *c, g_strides, x_strides, dx_strides, threads).has_value();
     } catch (const std::exception&) {
         return 0;
     }

@@ -32,7 +32,7 @@ int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis
            int64_t channels, const Images& source, const float* weight, const float* bias, float* out,
            const int64_t out_strides[4], int threads) {
     const bool shares = layout->shares_rows(by_output, k.shared_rows);
-    const Geometry g = make_geometry(y, x, source.n, channels, rows, k, Use::tiles, shares);
+    const Geometry g = make_geometry(y, x, source.n, channels, rows, k, Use::tiles, shares, layout->density());
     if (!g.is_supported(rows * g.region_bytes())) return GRANET_UNSUPPORTED;
     const auto table = table_of(layout, g, by_output);
     const Scratch values(table->nnz() * sizeof(float));

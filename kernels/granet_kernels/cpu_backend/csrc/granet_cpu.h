@@ -10,7 +10,7 @@
 #define GRANET_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of what is declared here; the Python side refuses a library of another version.
-#define GRANET_ABI_VERSION 3
+#define GRANET_ABI_VERSION 4
 
 typedef enum { GRANET_OK = 0, GRANET_OUT_OF_MEMORY = 1, GRANET_UNSUPPORTED = 2 } granet_status;
 
@@ -65,12 +65,12 @@ GRANET_API int granet_conv2d_reads_once(granet_layout* layout, const granet_conv
                                         const int64_t x_strides[4], const int64_t dx_strides[4], int threads);
 
 // Batch norm with the statistics of the batch, and what may follow it: y = act((x - mean) * invstd * gamma + beta +
-// residual), act being max(., 0) if `relu`. Images (n, c, pixels), contiguous; the rest (c,). residual may be NULL.
-// mean, invstd, var: written; var is the biased variance.
+// residual), act being max(., 0) if `relu`. Images contiguous, (n, c, pixels) or, if `channels_last`, (n, pixels, c);
+// the rest (c,). residual may be NULL. mean, invstd, var: written; var is the biased variance.
 typedef struct {
     int64_t n, c, pixels;
     double eps;
-    int relu;
+    int relu, channels_last;
 } granet_norm;
 GRANET_API int granet_norm_forward(const granet_norm* norm, const float* x, const float* residual, const float* gamma,
                                    const float* beta, float* y, float* mean, float* invstd, float* var, int threads);
@@ -78,6 +78,10 @@ GRANET_API int granet_norm_forward(const granet_norm* norm, const float* x, cons
 GRANET_API int granet_norm_backward(const granet_norm* norm, const float* g, const float* x, const float* y,
                                     const float* gamma, const float* beta, const float* mean, const float* invstd,
                                     float* dx, float* dresidual, float* dgamma, float* dbeta, int threads);
+
+// n matrices (rows, columns), one behind the other, transposed: to is (n, columns, rows). With rows = channels and
+// columns = pixels, images in NCHW become channels_last, and the other way round.
+GRANET_API int granet_transpose(int64_t n, int64_t rows, int64_t columns, const float* from, float* to, int threads);
 
 // Max-pooling of 2 x 2 pixels with stride 2 over planes (planes, h, w), contiguous; an odd last row or column is left
 // out. which: the pixel of each output that was taken, 0 to 3 row by row; of equal ones the first; NaN is above all,

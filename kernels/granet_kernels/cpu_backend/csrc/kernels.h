@@ -65,6 +65,24 @@ struct NormGradient {
     bool relu, stream;
 };
 
+// The same for images in channels_last: `count` pixels of so many channels, one behind the other. What was one number
+// above is an array of one a channel here.
+struct Rows {
+    int64_t count, channels;
+};
+struct RowsApply {
+    const float *x, *residual;
+    float* y;
+    const float *scale, *shift;
+    bool relu, stream;
+};
+struct RowsGradient {
+    const float *g, *x, *y;
+    const float *scale, *shift, *mean;
+    float *dx, *dresidual;
+    bool relu, stream;
+};
+
 // Moves between images in memory and vectors. `lane` is the distance between images, in floats; `valid` <= lanes.
 //
 // pack_pixels: `count` consecutive pixels of one channel, vector p goes to panel + at[p] bytes (at[p] < 0: nowhere).
@@ -99,6 +117,9 @@ struct KernelSet {
     void (*unpack)(const char* vectors, ptrdiff_t step, float* image, ptrdiff_t lane, int valid, int64_t count,
                    bool stream);
     void (*copy)(const char* vectors, float* image, int64_t count, bool stream);  // `count` whole vectors in a row
+    // to[c * to_row + r] = from[r * from_row + c]
+    void (*transpose)(const float* from, ptrdiff_t from_row, int64_t rows, int64_t columns, float* to, ptrdiff_t to_row,
+                      bool stream);
     void (*fence)();  // after streaming: what was written is there for other threads
     void (*pool)(const float* x, int64_t h, int64_t w, float* y, unsigned char* which);
     void (*pool_gradient)(const float* g, const unsigned char* which, int64_t h, int64_t w, float* dx);
@@ -107,6 +128,10 @@ struct KernelSet {
     void (*norm_apply)(const Channel&, const NormApply&);
     void (*norm_gradient_sums)(const Channel&, const NormGradient&, double* sum, double* product);
     void (*norm_gradient_apply)(const Channel&, const NormGradient&, float factor, float offset);
+    void (*rows_moments)(const Rows&, const float* x, double* sum, double* squares);  // squares: of x less its mean
+    void (*rows_apply)(const Rows&, const RowsApply&);
+    void (*rows_gradient_sums)(const Rows&, const RowsGradient&, double* sum, double* product);
+    void (*rows_gradient_apply)(const Rows&, const RowsGradient&, const float* factor, const float* offset);
 };
 
 const KernelSet& kernels_portable();

@@ -6,6 +6,7 @@
 //       garbage in columns that do not exist
 //   store_first(vector, out, count): the first count floats
 //   STREAMS, store_past_cache(vector, out), fence(): whether and how a vector fills a cache line without reading it
+//   fused(a, b, c): a * b + c of vectors and of floats, rounded once where the instruction set can
 //   split_pairs(a, b, even, odd): every second of the 2 LANES floats of a and b; join_pairs: the way back
 //   sums4(a, b, c, d): the sums of four vectors, each by the same additions
 
@@ -278,7 +279,9 @@ void copy(const char* vectors, float* image, int64_t count, bool stream) {
 }
 
 #include "norm.inl"
+#include "norm_rows.inl"
 #include "pool.inl"
+#include "transpose.inl"
 
 // Shapes that the drivers ask for: any small one, and wide single rows.
 template <int TH, int TW, int LIMIT>
@@ -315,6 +318,7 @@ KernelSet make_set() {
     set.pack_channels = pack_channels;
     set.unpack = unpack;
     set.copy = copy;
+    set.transpose = transpose_matrix;
     set.fence = fence;
     set.pool = pool;
     set.pool_gradient = pool_gradient;
@@ -323,5 +327,9 @@ KernelSet make_set() {
     set.norm_apply = norm_apply;
     set.norm_gradient_sums = norm_gradient_sums;
     set.norm_gradient_apply = norm_gradient_apply;
+    set.rows_moments = rows_moments;
+    set.rows_apply = rows_apply;
+    set.rows_gradient_sums = rows_gradient_sums;
+    set.rows_gradient_apply = rows_gradient_apply;
     return set;
 }

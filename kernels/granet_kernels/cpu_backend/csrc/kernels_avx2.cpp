@@ -50,6 +50,9 @@ inline void store_first(Vec vector, float* out, int count) { _mm256_maskstore_ps
 
 inline __m256 swap_middle(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
 
+inline Vec fused(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
     even = (Vec)swap_middle(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88));
     odd = (Vec)swap_middle(_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd));

@@ -63,6 +63,9 @@ inline void store_first(Vec vector, float* out, int count) {
 inline void store_past_cache(Vec vector, float* out) { _mm512_stream_ps(out, (__m512)vector); }
 void fence() { _mm_sfence(); }
 
+inline Vec fused(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
     const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     even = (Vec)_mm512_permutex2var_ps((__m512)a, first, (__m512)b);

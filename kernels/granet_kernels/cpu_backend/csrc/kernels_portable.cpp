@@ -23,6 +23,11 @@ inline void store_first(Vec vector, float* out, int count) {
 inline void store_past_cache(Vec, float*) {}
 void fence() {}
 
+template <typename T>
+inline T fused(T a, T b, T c) {
+    return a * b + c;
+}
+
 inline void split_pairs(Vec a, Vec b, Vec& even, Vec& odd) {
     even = Vec{a[0], a[2], b[0], b[2]};
     odd = Vec{a[1], a[3], b[1], b[3]};

@@ -59,6 +59,7 @@ struct granet_layout {
     bool shares_rows(bool by_output, int height);
     int64_t taps() const { return shape[2] * shape[3]; }
     int64_t nnz() const { return int64_t(index.size()); }
+    double density() const { return double(nnz()) / (double(shape[0]) * double(shape[1]) * double(taps())); }
 
     std::shared_ptr<const granet::Table> find(const granet::Access& access);
     std::vector<std::shared_ptr<const granet::Table>> tables;  // most recently made last

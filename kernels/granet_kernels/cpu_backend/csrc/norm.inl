@@ -75,8 +75,8 @@ double norm_squares(const Channel& c, const float* x, float mean) {
 
 // y = act(x * scale + shift + residual)
 template <bool RESIDUAL, bool RELU, typename T>
-inline __attribute__((always_inline)) T norm_value(T x, T residual, float scale, float shift) {
-    T y = x * scale + shift;
+inline __attribute__((always_inline)) T norm_value(T x, T residual, T scale, T shift) {
+    T y = fused(x, scale, shift);
     if constexpr (RESIDUAL) y += residual;
     if constexpr (RELU) y = y < 0.0f ? T{} : y;  // NaN stays
     return y;
@@ -84,13 +84,14 @@ inline __attribute__((always_inline)) T norm_value(T x, T residual, float scale,
 
 template <bool RESIDUAL, bool RELU>
 void norm_apply_as(const Channel& c, const NormApply& a) {
+    const Vec scale = Vec{} + a.scale, shift = Vec{} + a.shift;
     for (int64_t r = 0; r < c.runs; ++r) {
         const int64_t begin = r * c.stride;
         const bool stream = STREAMS && a.stream && (uintptr_t)(a.y + begin) % sizeof(Vec) == 0;
         int64_t i = begin;
         for (; i + LANES <= begin + c.count; i += LANES) {
-            const Vec y = norm_value<RESIDUAL, RELU>(load(a.x + i), RESIDUAL ? load(a.residual + i) : Vec{}, a.scale,
-                                                     a.shift);
+            const Vec y = norm_value<RESIDUAL, RELU>(load(a.x + i), RESIDUAL ? load(a.residual + i) : Vec{}, scale,
+                                                     shift);
             if (stream)
                 store_past_cache(y, a.y + i);
             else
@@ -117,12 +118,12 @@ struct GatedGradient {
     Vec vector(int64_t i) const {
         const Vec g = load(a.g + i);
         if constexpr (GATE == Gate::none) return g;
-        const Vec out = GATE == Gate::output ? load(a.y + i) : load(a.x + i) * a.scale + a.shift;
+        const Vec out = GATE == Gate::output ? load(a.y + i) : fused(load(a.x + i), Vec{} + a.scale, Vec{} + a.shift);
         return out <= 0.0f ? Vec{} : g;
     }
     float scalar(int64_t i) const {
         if constexpr (GATE == Gate::none) return a.g[i];
-        const float out = GATE == Gate::output ? a.y[i] : a.x[i] * a.scale + a.shift;
+        const float out = GATE == Gate::output ? a.y[i] : fused(a.x[i], a.scale, a.shift);
         return out <= 0.0f ? 0.0f : a.g[i];
     }
 };

@@ -62,10 +62,11 @@ struct Geometry {
 // The widest tile within a row of `vectors`, `largest` at most, that cuts the row into equal parts if it can.
 int tile_width(int64_t vectors, int largest);
 
-// Chooses groups, band and tile for the instruction set, to multiply (tiles) or for a weight gradient (dots).
+// Chooses groups, band and tile for the instruction set, to multiply (tiles) or for a weight gradient (dots), with a
+// weight of which a share of `density` is kept.
 enum class Use { tiles, dots };
 Geometry make_geometry(const Axis& y, const Axis& x, int64_t images, int64_t channels, int64_t rows,
-                       const KernelSet& kernels, Use use, bool shares_rows);
+                       const KernelSet& kernels, Use use, bool shares_rows, double density);
 
 Access access_of(const Geometry& g, bool by_output, int64_t block);
 

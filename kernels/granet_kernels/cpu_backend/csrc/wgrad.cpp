@@ -11,7 +11,7 @@ int wgrad_panels(const KernelSet& k, granet_layout* layout, const granet_conv& c
     const Geometry g =
         make_geometry(forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                       forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.n, c.in, c.out, k, Use::dots,
-                      layout->shares_rows(true, k.shared_rows));
+                      layout->shares_rows(true, k.shared_rows), layout->density());
     if (!g.is_supported(g.gradient_bytes())) return GRANET_UNSUPPORTED;
     const auto table = table_of(layout, g, true);
     const DotPass pass{g, k, *table, gradient, source};
