@@ -21,4 +21,10 @@ def is_eager(*operands: object) -> bool:
         or _python_dispatch._get_current_dispatch_mode() is not None
     ):
         return False
-    return _PLAIN.issuperset(map(type, operands))
+    # Memory under the negative bit holds the negated values; torch's dispatcher sees to it.
+    return _PLAIN.issuperset(map(type, operands)) and not any(isinstance(o, Tensor) and o.is_neg() for o in operands)
+
+
+def is_batch_of_gradients(grad: Tensor) -> bool:
+    """Whether it is what torch.autograd.grad(is_grads_batched=True) hands to backward passes: no mode tells of it."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)

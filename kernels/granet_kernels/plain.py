@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from granet_kernels import plan
-from granet_kernels.cpu_backend import dense
+from granet_kernels.cpu_backend import dense, formats
 from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.eager import is_eager
 from granet_kernels.layout import layout_of
@@ -47,7 +47,8 @@ def conv2d(
     effective = _weight("conv2d", x, weight, mask, bias, dense_wgrad, geometry)
     if effective is None:
         return None
-    return F.conv2d(x, effective, bias, *geometry).contiguous(memory_format=image_format(x, weight))
+    call = find_call("conv2d", "forward", x, effective, mask, bias, *geometry) if x.is_cpu else None
+    return formats.conv2d(call, x, effective, bias, geometry).contiguous(memory_format=image_format(x, weight))
 
 
 class _Masked(torch.autograd.Function):

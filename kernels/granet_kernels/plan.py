@@ -6,6 +6,9 @@ but for calls of more than ten times the winner's time, which count as ten. Meas
 last bits from run to run; all others measure nothing and give the same bits twice: "rule" (native up to a density that
 each implementation names, RULE_DENSITY on a CPU, dense above), "native", "dense", or a file written by `save`.
 
+Dense convolutions have two ways themselves, see cpu_backend/formats.py: a measured plan finds out which is faster,
+"dense" is torch as it is, and all others take the one that is good for images of that size.
+
 The environment variable GRANET_PLAN sets the plan to start with. Times are kept in $XDG_CACHE_HOME/granet/plan.json, or
 where GRANET_PLAN_CACHE says; if that is empty, nowhere.
 """
@@ -26,7 +29,8 @@ from torch import Tensor
 from granet_kernels import plan_files, plan_notes
 from granet_kernels.cpu_backend import library
 from granet_kernels.layout import SparseLayout
-from granet_kernels.plan_times import DENSE, NATIVE, NEEDED, Site
+from granet_kernels.plan_budget import Budget
+from granet_kernels.plan_times import DENSE, NATIVE, NEEDED, Site, Turns
 from granet_kernels.triton_backend import support
 
 DIRECTIONS = plan_notes.DIRECTIONS
@@ -34,8 +38,7 @@ MEASURED, RULE = "measured", "rule"
 MODES = (MEASURED, RULE, NATIVE, DENSE)
 RULE_DENSITY = 0.5  # native up to it by the rule, and until something is measured; convolutions break even near 0.6
 
-_SHARE, _ALLOWANCE = 0.02, 0.2  # of the time since the first call, and seconds granted from the start
-_MOST_LOSS = 10.0  # winner's times charged for one call: a stall of the machine must not end the exploration
+_PART_OF_TURNS = 0.25  # of the budget: what native code wins is more, and has to be found out first
 _PERIOD = 16  # of so many calls at one density one is timed, once there is a winner
 _PASSING = 64  # of so many calls that need no op, one takes it all the same
 _RECHECK = 2048  # of so many one goes to the loser, in case it was measured at a bad moment; early on, more do
@@ -83,9 +86,8 @@ class Plan:
         self._sites: dict[tuple[str, str], Site] = {}
         self._generation = 0  # of the fixed plan: a site of another one looks its choices up anew
         self._cached: plan_files.Entries | None = None
-        self._began: float | None = None
-        self._saved_at = 0.0
-        self._spent = self._charged = 0.0  # seconds, and as they count for the budget
+        self._budget = Budget(clock)
+        self._saved_at = clock()
         self._unsaved = False
 
     def clear(self) -> None:
@@ -93,8 +95,8 @@ class Plan:
         with self._lock:
             for site in self._sites.values():
                 site.forget()
-            self._cached = self._began = None
-            self._spent = self._charged = 0.0
+            self._cached = None
+            self._budget = Budget(self._clock)
             self._unsaved = False
 
     def mode(self) -> str:
@@ -194,9 +196,7 @@ class Plan:
         with self._lock:
             other = site.times.time(DENSE if implementation == NATIVE else NATIVE, layout.bucket)
             if other is not None and site.choices.get(layout.bucket) != implementation:
-                loss = max(0.0, seconds - other)
-                self._spent += loss
-                self._charged += min(loss, _MOST_LOSS * other)
+                self._budget.charge(max(0.0, seconds - other), other)
             if implementation == DENSE:
                 warm, site.dense_is_warm = site.dense_is_warm, True
             if warm:
@@ -204,6 +204,26 @@ class Plan:
                 self._unsaved = True
         if self._unsaved and self._clock() - self._saved_at > _SAVE_EVERY:
             self.save_times()
+
+    def take_turns(self, turns: Turns) -> tuple[bool, bool]:
+        """Which way a dense op goes in this call, and whether to time it: then `record_turn` has to follow."""
+        mode = self._mode if self._is_set_up else self.mode()
+        if mode != MEASURED:
+            return turns.favourite and mode != DENSE, False
+        if turns.winner is not None:
+            return turns.winner, False
+        self._budget.begin()
+        way = turns.next()
+        affordable = way == turns.favourite or self._budget.affords(turns.loss(), _PART_OF_TURNS)
+        return (way, True) if affordable else (turns.favourite, False)
+
+    def record_turn(self, turns: Turns, way: bool, seconds: float) -> None:
+        """Take down what a timed call took."""
+        with self._lock:
+            best = turns.best()
+            if best is not None:
+                self._budget.charge(max(0.0, seconds - best), best)
+            turns.add(way, seconds)
 
     def report(self, mask: Tensor) -> dict[str, tuple[str, float | None]]:
         """By direction, what the last call with this mask ran, and how much faster than dense; None if unknown."""
@@ -227,11 +247,13 @@ class Plan:
         """The calls, and what measuring has cost."""
         with self._lock:
             calls = [site.calls for site in self._sites.values() if site.calls]
-        elapsed = 0.0 if self._began is None else self._clock() - self._began
-        return Summary(sum(calls), len(calls), self._spent, self._spent / elapsed if elapsed > 0 else 0.0)
+        spent, elapsed = self._budget.spent, self._budget.elapsed()
+        return Summary(sum(calls), len(calls), spent, spent / elapsed if elapsed > 0 else 0.0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the choices that measuring has led to so far as a fixed plan, for set_mode, use or GRANET_PLAN.
+
+        Whether dense code goes through channels_last is not among them: that plan converts what is large.
 
         Raises:
             OSError: the file cannot be written.
@@ -257,8 +279,7 @@ class Plan:
 
     def _set_up_measuring(self, site: Site) -> None:
         with self._lock:
-            if self._began is None:
-                self._began = self._saved_at = self._clock()
+            self._budget.begin()
             if self._cached is None:
                 self._cached = {} if self._cache is None else plan_files.read_times(self._cache)
             entry = self._cached.pop(site.key, None)
@@ -289,8 +310,7 @@ class Plan:
         if expected is None and candidate == NATIVE:
             expected = site.times.bounds(bucket)[0]
         loss = max(0.0, expected - best) if expected is not None and best is not None else 0.0
-        elapsed = self._clock() - (self._began or 0.0)
-        return self._charged + loss < _ALLOWANCE + _SHARE * elapsed
+        return self._budget.affords(loss)
 
     def _fixed_choice(self, mode: str, site: Site, layout: SparseLayout) -> str:
         """The choice of a plan that measures nothing. It leaves the choices of measuring alone."""
@@ -330,6 +350,7 @@ if hasattr(os, "register_at_fork"):
 
 mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
+take_turns, record_turn = _plan.take_turns, _plan.record_turn
 agrees_on_dense, are_all_native = _plan.agrees_on_dense, _plan.are_all_native
 is_warm, note = plan_notes.is_warm, plan_notes.note
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 from granet_kernels.layout import density_of
@@ -99,12 +100,58 @@ class Times:
         return self._dense if implementation == DENSE else self._native.get(bucket, [])
 
 
+class Turns:
+    """Two ways to compute the same, which take turns until it is known which is faster.
+
+    Args:
+        favourite: the way to take where nothing is measured, and if the other is not faster by more than 5 %.
+
+    Attributes:
+        winner: the faster way, or None until it is known.
+    """
+
+    __slots__ = ("_calls", "_least", "favourite", "winner")
+
+    def __init__(self, favourite: bool) -> None:
+        self.favourite = favourite
+        self.winner: bool | None = None
+        self._calls = {False: 0, True: 0}
+        self._least = {False: math.inf, True: math.inf}
+
+    def next(self) -> bool:
+        """The way that is to be timed: the favourite until there is a time to hold the other against."""
+        held, offered = self._calls[self.favourite], self._calls[not self.favourite]
+        return not self.favourite if held > 1 and offered < held else self.favourite
+
+    def loss(self) -> float:
+        """Seconds that the challenger takes longer, as far as is known."""
+        loss = self._least[not self.favourite] - self._least[self.favourite]
+        return max(0.0, loss) if math.isfinite(loss) else 0.0
+
+    def best(self) -> float | None:
+        """The least time of both ways."""
+        least = min(self._least.values())
+        return least if math.isfinite(least) else None
+
+    def add(self, way: bool, seconds: float) -> None:
+        """Take a time down; the first call of each way prepares, and is no sample."""
+        self._calls[way] += 1
+        if self._calls[way] == 1:
+            return
+        self._least[way] = min(self._least[way], seconds)
+        held, offered = self._least[self.favourite], self._least[not self.favourite]
+        if min(self._calls.values()) > NEEDED:
+            self.winner = (not self.favourite) if offered < (1 - _MARGIN) * held else self.favourite
+        elif offered > _HOPELESS * held and self._calls[not self.favourite] > 2:
+            self.winner = self.favourite
+
+
 class Site:
     """One op and direction on one geometry, with one number of threads: its times, and its choices by density bucket.
 
     The key names all that in plain text; it stands in the files. `rule_density` is the highest density at which the
     rule takes the native implementation. `choices` are what measuring has led to, `fixed` those of a fixed plan, looked
-    up under its `generation`. `passed` counts the calls that went past the op.
+    up under its `generation`. `passed` counts the calls that went past the op. `turns`: which way dense code goes.
     """
 
     __slots__ = (
@@ -118,6 +165,7 @@ class Site:
         "passed",
         "rule_density",
         "times",
+        "turns",
     )
 
     def __init__(self, key: str, rule_density: float) -> None:
@@ -132,6 +180,7 @@ class Site:
         self.choices: dict[int, str] = {}
         self.fixed: dict[int, str] = {}
         self.dense_is_warm = self.is_set_up = False
+        self.turns: dict[Hashable, Turns] = {}
         self.generation = -1
         self.passed = 0
 

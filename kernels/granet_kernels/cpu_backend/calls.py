@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from granet_kernels.reference import image_format, is_channels_last
 
 _MOST_POSITIONS = 2**31 - 16  # of a mask: the library counts in 32 bits, and a little ahead
 _MOST_CALLS = 4096
+_LEAST_CHANNELS = 16
+_LARGE = 1 << 22  # floats
 
 Pair = Sequence[int]
 
@@ -35,6 +38,8 @@ class Call:
         partners: sites of the other directions, of a forward pass whose gradient comes back in the strides of its
             result.
         supported: whether the library takes this geometry, as far as is known.
+        is_nchw: whether all operands are images of several pixels and channels, or weights of such, in NCHW.
+        is_large: whether input and output are larger than a cache.
     """
 
     site: plan.Site
@@ -47,6 +52,8 @@ class Call:
     fits: bool
     threads: int
     partners: dict[str, plan.Site]
+    is_nchw: bool
+    is_large: bool
     supported: bool = True
 
 
@@ -149,8 +156,15 @@ def _prepare(
         strides=image.stride(),
         fits=direction == "wgrad" or _same_strides(second, mask),
         threads=threads,
+        is_nchw=_is_nchw(layout, x_sizes, y_sizes, first, second, mask),
+        is_large=math.prod(x_sizes) + math.prod(y_sizes) >= _LARGE,
         partners={"dgrad": site("dgrad", image, second), "wgrad": site("wgrad", image, first)} if is_forward else {},
     )
+
+
+def _is_nchw(layout: torch.memory_format, x_sizes: Sequence[int], y_sizes: Sequence[int], *operands: Tensor) -> bool:
+    few = min(x_sizes[1], y_sizes[1]) < _LEAST_CHANNELS or x_sizes[2] * x_sizes[3] == 1
+    return layout == torch.contiguous_format and not few and all(t.dim() == 4 and t.is_contiguous() for t in operands)
 
 
 def _site_key(

@@ -4,7 +4,7 @@ Masking selects by bits, which takes a fifth of the time of torch.where. The gra
 directly: torch.nn.grad passes it one expanded number for the operand that only lends its shape, and ATen then copies
 that out to full size.
 
-`full` says that the mask keeps everything, so that nothing has to be masked.
+`full` says that the mask keeps everything, so that nothing has to be masked; `call` is what was found for the operands.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from granet_kernels.cpu_backend import formats
+from granet_kernels.cpu_backend.calls import Call
 from granet_kernels.reference import image_format
 
 P = ParamSpec("P")
@@ -72,9 +74,11 @@ def conv2d(
     dilation: Sequence[int],
     groups: int,
     full: bool = False,
+    call: Call | None = None,
 ) -> Tensor:
     """reference.conv2d_ref."""
-    y = F.conv2d(x, masked(weight, mask, full), bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+    y = formats.forward(call, x, masked(weight, mask, full), bias, geometry)
     return y.contiguous(memory_format=image_format(x, weight))
 
 
@@ -89,12 +93,14 @@ def conv2d_dgrad(
     dilation: Sequence[int],
     groups: int,
     full: bool = False,
+    call: Call | None = None,
 ) -> Tensor:
     """reference.conv2d_dgrad_ref."""
     layout = image_format(grad, weight)
     shape_only = torch.empty(tuple(x_shape), dtype=grad.dtype, device="cpu", memory_format=layout)
     operands = grad, shape_only, masked(weight, mask, full)
-    x_grad: Tensor = _convolution_backward(*operands, stride, padding, dilation, groups, (True, False, False))[0]
+    x_grad, _ = formats.backward(call, formats.DGRAD, *operands, (stride, padding, dilation, groups), (True, False))
+    assert x_grad is not None
     return x_grad.contiguous(memory_format=layout)
 
 
@@ -108,28 +114,14 @@ def conv2d_wgrad(
     dilation: Sequence[int],
     groups: int,
     full: bool = False,
+    call: Call | None = None,
 ) -> Tensor:
     """reference.conv2d_wgrad_ref; with `full` the dense gradient."""
     shape_only = torch.empty_like(mask, dtype=grad.dtype)
-    operands = grad, x, shape_only
-    w_grad = _convolution_backward(*operands, stride, padding, dilation, groups, (False, True, False))[1]
+    geometry = stride, padding, dilation, groups
+    _, w_grad = formats.backward(call, formats.WGRAD, grad, x, shape_only, geometry, (False, True))
+    assert w_grad is not None
     return _as_gradient(w_grad, mask, full)
-
-
-def _convolution_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
-    )
-    return result
 
 
 def masked(values: Tensor, mask: Tensor, full: bool = False, bits: Tensor | None = None) -> Tensor:

@@ -84,7 +84,7 @@ def _conv2d(
         call,
         mask,
         lambda layout: _forward(call, layout, x, weight, mask, bias),
-        lambda full: dense.conv2d(x, weight, mask, bias, *geometry, full),
+        lambda full: dense.conv2d(x, weight, mask, bias, *geometry, full, call),
     )
 
 
@@ -108,7 +108,7 @@ def _conv2d_dgrad(
         call,
         mask,
         lambda layout: _dgrad(call, layout, grad, weight, mask),
-        lambda full: dense.conv2d_dgrad(grad, weight, mask, x_shape, *geometry, full),
+        lambda full: dense.conv2d_dgrad(grad, weight, mask, x_shape, *geometry, full, call),
     )
 
 
@@ -124,16 +124,16 @@ def _conv2d_wgrad(
     dense_wgrad: Tensor | None,
 ) -> Tensor:
     geometry = stride, padding, dilation, groups
-    if dense_wgrad is not None and dense_wgrad:
-        return dense.conv2d_wgrad(grad, x, mask, *geometry, full=True)
     call = find_call("conv2d", "wgrad", grad, x, mask, None, *geometry)
+    if dense_wgrad is not None and dense_wgrad:
+        return dense.conv2d_wgrad(grad, x, mask, *geometry, True, call)
     if call is None:
         return dense.conv2d_wgrad(grad, x, mask, *geometry)
     return _run(
         call,
         mask,
         lambda layout: _wgrad(call, layout, grad, x, mask),
-        lambda full: dense.conv2d_wgrad(grad, x, mask, *geometry, full),
+        lambda full: dense.conv2d_wgrad(grad, x, mask, *geometry, full, call),
     )
 
 
