@@ -39,7 +39,8 @@ Access direct_access(bool by_output, int64_t channel_stride, const Tiling& t, in
     access.height = t.height;
     access.phase = {0};
     access.tap_offset = {0};
-    access.block = block_of(t.th * t.tw * t.vector, channels, double(nnz) / double(rows * channels), false);
+    const int64_t tile = t.th * t.tw * t.vector;
+    access.block = block_of(tile, tile, channels, double(nnz) / double(rows * channels), false);
     return access;
 }
 

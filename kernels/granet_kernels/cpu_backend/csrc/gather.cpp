@@ -2,14 +2,20 @@
 
 #include <algorithm>
 
+#include "caches.h"
 #include "parallel.h"
 
 namespace granet {
 namespace {
 
-// Measured best of 20, 24 and 28 kB for a first-level cache of 32 kB, and of 300, 450 and 600 kB for a second of 1 MB.
+// Measured best of 20, 24 and 28 kB for a first-level cache of 32 kB, and of 300, 450 and 600 kB for a second of 1 MB;
+// with 48 kB and 2 MB the same, but where each tap has a loop of its own.
 constexpr int64_t FIRST_LEVEL = 28 << 10, SECOND_LEVEL = 420 << 10, FITS_SECOND_LEVEL = 600 << 10;
+constexpr double PART_OF_FIRST_BY_TAP = 0.875;
 constexpr double FIRST_LEVEL_WEIGHTS = 5, FIRST_LEVEL_WEIGHTS_BY_TAP = 20, SECOND_LEVEL_WEIGHTS = 1.5;
+// A second-level cache of this size is nearly as fast as a first: blocks for the first pay where rows read so much.
+constexpr int64_t LARGE_SECOND_LEVEL = int64_t(2) << 20;
+constexpr double FIRST_LEVEL_BYTES = 4608;
 constexpr int64_t PAST_CACHE = int64_t(1) << 20;
 
 int64_t equal_parts(int64_t channels, int64_t most) {
@@ -19,9 +25,11 @@ int64_t equal_parts(int64_t channels, int64_t most) {
 
 }  // namespace
 
-int64_t block_of(int64_t footprint, int64_t channels, double density, bool by_tap) {
-    const double enough = by_tap ? FIRST_LEVEL_WEIGHTS_BY_TAP : FIRST_LEVEL_WEIGHTS;
-    const int64_t first = FIRST_LEVEL / footprint, second = SECOND_LEVEL / footprint;
+int64_t block_of(int64_t footprint, int64_t tile, int64_t channels, double density, bool by_tap) {
+    const auto level = by_tap ? int64_t(PART_OF_FIRST_BY_TAP * double(caches().first)) : FIRST_LEVEL;
+    double enough = by_tap ? FIRST_LEVEL_WEIGHTS_BY_TAP : FIRST_LEVEL_WEIGHTS;
+    if (caches().second >= LARGE_SECOND_LEVEL) enough = std::max(enough, FIRST_LEVEL_BYTES / double(tile));
+    const int64_t first = level / footprint, second = SECOND_LEVEL / footprint;
     if (first < channels && double(first) * density >= enough) return equal_parts(channels, first);
     if (footprint * channels > FITS_SECOND_LEVEL && double(second) * density >= SECOND_LEVEL_WEIGHTS)
         return equal_parts(channels, second);
@@ -36,7 +44,8 @@ int64_t footprint_of(const Geometry& g) {
 std::shared_ptr<const Table> table_of(granet_layout* layout, const Geometry& g, bool by_output) {
     const double outputs = g.y.target_phases * g.x.target_phases;
     const double density = double(layout->nnz()) / (double(g.rows * g.channels) * outputs);
-    return layout->table(access_of(g, by_output, block_of(footprint_of(g), g.channels, density, g.whole)));
+    const int64_t block = block_of(footprint_of(g), g.th * g.tw * g.vector, g.channels, density, g.whole);
+    return layout->table(access_of(g, by_output, block));
 }
 
 void gather_values(const Table& table, const float* weight, float* values, int threads) {
