@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from granet_kernels import plain
 from granet_kernels.checks import check_operands
+from granet_kernels.eager import is_eager
 from granet_kernels.op import Op
 from granet_kernels.reference import conv2d_dgrad_ref, conv2d_ref, conv2d_wgrad_ref, image_format
 
@@ -86,9 +87,10 @@ def conv2d(
             f"{paddings} for a kernel {tuple(weight.shape[2:])} with dilation {dilations}"
         )
     operands = (x, weight, mask, bias, strides, paddings, dilations, groups, dense_wgrad)
-    y = plain.conv2d(*operands)
+    eager = is_eager(*operands)
+    y = plain.conv2d(*operands) if eager else None
     if y is None:
-        y = conv2d_op(*operands)
+        y = conv2d_op.run(eager, *operands)
     return y
 
 

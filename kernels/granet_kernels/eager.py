@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.Size, tuple, list, int, float, bool, type(None)})
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = frozenset({torch.Size, tuple, list, int, float, bool, type(None)})
 
 
 def is_eager(*operands: object) -> bool:
@@ -18,11 +18,16 @@ def is_eager(*operands: object) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _python_dispatch._get_current_dispatch_mode() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     ):
         return False
-    # Memory under the negative bit holds the negated values; torch's dispatcher sees to it.
-    return _PLAIN.issuperset(map(type, operands)) and not any(isinstance(o, Tensor) and o.is_neg() for o in operands)
+    for operand in operands:
+        if type(operand) in _TENSORS:
+            if operand.is_neg():  # type: ignore[attr-defined]  # memory holds the negated values: the dispatcher's work
+                return False
+        elif type(operand) not in _PLAIN:
+            return False
+    return True
 
 
 def is_batch_of_gradients(grad: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from granet_kernels import plain
 from granet_kernels.checks import check_operands
+from granet_kernels.eager import is_eager
 from granet_kernels.op import Op
 from granet_kernels.reference import linear_dgrad_ref, linear_ref, linear_wgrad_ref
 
@@ -65,9 +66,11 @@ def linear(
         raise ValueError(f"linear: expected x of shape (..., {weight.shape[1]}), got shape {tuple(x.shape)}")
     leading = x.shape[:-1]
     rows = x if x.dim() == 2 else x.reshape(leading.numel(), weight.shape[1])
-    y = plain.linear(rows, weight, mask, bias, dense_wgrad)
+    operands = (rows, weight, mask, bias, dense_wgrad)
+    eager = is_eager(*operands)
+    y = plain.linear(*operands) if eager else None
     if y is None:
-        y = linear_op(rows, weight, mask, bias, dense_wgrad)
+        y = linear_op.run(eager, *operands)
     return y if x.dim() == 2 else y.reshape(*leading, weight.shape[0])
 
 

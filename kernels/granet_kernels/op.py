@@ -40,7 +40,11 @@ class Op:
         self._gradients: dict[str, tuple[Callable[..., Any], list[tuple[Op, Callable[..., Any]]]]] = {}
 
     def __call__(self, *operands: Any) -> Any:
-        if not is_eager(*operands) or torch.autograd._profiler_enabled():
+        return self.run(is_eager(*operands), *operands)
+
+    def run(self, eager: bool, *operands: Any) -> Any:
+        """A call whose caller knows what `is_eager` says of its operands."""
+        if not eager or torch.autograd._profiler_enabled():
             _refuse_jvp(self._name)
             return self._op(*operands)
         if self._function is None or not torch.is_grad_enabled():

@@ -1,7 +1,8 @@
 """Layers that run densely in every direction, as torch's own layers with a masked weight.
 
 An op has a kernel of its own for each direction, and computes the masked weight once for each. Where nothing is to be
-gained by sparse code, torch's autograd is the faster way to the same numbers.
+gained by sparse code, torch's autograd is the faster way to the same numbers. All of this is for operands of which
+`is_eager` is true.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 from granet_kernels import plan
 from granet_kernels.cpu_backend import dense, formats
 from granet_kernels.cpu_backend.calls import find_call
-from granet_kernels.eager import is_eager
 from granet_kernels.layout import layout_of
 from granet_kernels.reference import image_format
 from granet_kernels.triton_backend import support
@@ -80,9 +80,10 @@ def _weight(
     geometry: Sequence[Any] = (),
 ) -> Tensor | None:
     """The weight to hand to torch, or None if the op is to be called."""
-    if not (x.is_cpu or x.is_cuda) or _autocast_would_cast(x) or not is_eager(x, weight, mask):
+    is_cpu = x.is_cpu
+    if not (is_cpu or x.is_cuda) or _autocast_would_cast(x, "cpu" if is_cpu else "cuda"):
         return None
-    if x.is_cuda:
+    if not is_cpu:
         return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
     if plan.mode() == plan.NATIVE:
         return None
@@ -116,7 +117,6 @@ def _weight_on_gpu(op: str, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad
     return masked
 
 
-def _autocast_would_cast(x: Tensor) -> bool:
+def _autocast_would_cast(x: Tensor, device: str) -> bool:
     """Whether torch's layers would compute in another dtype than that of x."""
-    device = x.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype

@@ -33,7 +33,9 @@ def note(site: Site, direction: str, layout: SparseLayout, implementation: str) 
     cold = implementation == NATIVE and site not in layout.seen
     if implementation == NATIVE:
         layout.seen.add(site)
-    layout.last[direction] = Note(site, implementation, layout.bucket, cold)
+    new, last = (site, implementation, layout.bucket, cold), layout.last
+    if last.get(direction) != new:
+        last[direction] = Note(*new)
 
 
 def is_warm(site: Site, direction: str, layout: SparseLayout) -> bool:

@@ -58,6 +58,7 @@ class Call:
 
 
 _calls: dict[Hashable, Call | None] = {}
+_gradients: dict[Hashable, tuple[Call, Call] | None] = {}
 
 
 def find_call(
@@ -90,6 +91,34 @@ def find_call(
         call = prepare(op, direction, first, second, mask, geometry, x_shape, threads) if prepare else None
         _calls[key] = call
     return call if call is not None and call.supported else None
+
+
+def find_gradients(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> tuple[Call, Call] | None:
+    """The calls of dgrad and wgrad, or None if one of them is not for the library."""
+    key = (
+        *(library.threads(), grad.dtype, x.dtype, weight.dtype, mask.dtype, groups, *stride, *padding, *dilation),
+        *(grad.shape, grad.stride(), x.shape, x.stride(), weight.shape, weight.stride(), mask.shape, mask.stride()),
+    )
+    try:
+        calls = _gradients[key]
+    except KeyError:
+        if len(_gradients) >= _MOST_CALLS:
+            _gradients.clear()
+        geometry = stride, padding, dilation, groups
+        dgrad = find_call(op, "dgrad", grad, weight, mask, None, *geometry, x.shape if op == "conv2d" else ())
+        wgrad = find_call(op, "wgrad", grad, x, mask, None, *geometry)
+        calls = _gradients[key] = None if dgrad is None or wgrad is None else (dgrad, wgrad)
+    return calls if calls is not None and calls[0].supported and calls[1].supported else None
 
 
 def _is_for_library(first: Tensor, second: Tensor, mask: Tensor, bias: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _PROCESS = os.getpid()
 
@@ -52,8 +52,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "granet_isa": (c_char_p, []),
     "granet_set_isa": (c_int, [c_char_p]),
     "granet_has_openmp": (c_int, []),
-    "granet_memory_take": (c_void_p, [c_int64]),
-    "granet_memory_give": (None, [c_void_p]),
+    "granet_tensor_new": (c_void_p, [c_int, _Sizes, _Sizes]),
     "granet_memory_release": (c_int64, []),
     "granet_layout_new": (c_void_p, [c_void_p, _Sizes, _Sizes]),
     "granet_layout_free": (None, [c_void_p]),

@@ -10,15 +10,20 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from granet_kernels.cpu_backend import library
 
 LEAST_BYTES = 1 << 20  # smaller ones the C library keeps by itself
+
+_CAPSULE = b"dltensor"  # the name that DLPack prescribes; a capsule only points to it
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 def empty_strided(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -27,13 +32,12 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     native = library.load() if 4 * count >= LEAST_BYTES else None
     if native is None:
         return torch.empty_strided(tuple(shape), tuple(strides), dtype=torch.float32, device="cpu")
-    address = native.granet_memory_take(4 * count)
-    if not address:
+    tensor = native.granet_tensor_new(*_geometry(tuple(shape), tuple(strides)))
+    if not tensor:
         raise MemoryError(f"no memory for a result of shape {tuple(shape)}")
-    block = _block_type(4 * count).from_address(address)
-    # Given its shape in place: with a view, or an object for its storage, autograd takes it for shared, and sums
-    # gradients into a new tensor where it would add to this one.
-    return torch.frombuffer(block, dtype=torch.float32).as_strided_(tuple(shape), tuple(strides))
+    # A tensor of DLPack's is no view and shares nothing: gradients are added to it in place.
+    result: Tensor = from_dlpack(_new_capsule(tensor, _CAPSULE, None))
+    return result
 
 
 def empty(shape: Sequence[int]) -> Tensor:
@@ -57,13 +61,7 @@ def release() -> int:
     return 0 if native is None else int(native.granet_memory_release())
 
 
-@cache
-def _block_type(size: int) -> Any:
-    """A buffer that gives its memory back when the last tensor on it is gone."""
-    give: Any = None if (native := library.load()) is None else native.granet_memory_give
-    address_of = ctypes.addressof  # by a name of this call: some tensors outlive the names of the module
-
-    def __del__(self: Any) -> None:  # noqa: N807
-        give(address_of(self))
-
-    return type("Block", (ctypes.c_char * size,), {"__del__": __del__})
+@lru_cache(4096)
+def _geometry(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, Any, Any]:
+    sizes = ctypes.c_int64 * len(shape)
+    return len(shape), sizes(*shape), sizes(*strides)

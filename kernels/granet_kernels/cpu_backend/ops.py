@@ -16,7 +16,7 @@ from torch import Tensor
 from granet_kernels import plan
 from granet_kernels.conv2d import conv2d_dgrad_op, conv2d_op, conv2d_wgrad_op
 from granet_kernels.cpu_backend import dense, library, memory
-from granet_kernels.cpu_backend.calls import Call, Pair, find_call
+from granet_kernels.cpu_backend.calls import Call, Pair, find_call, find_gradients
 from granet_kernels.layout import SparseLayout, layout_of
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 
@@ -143,9 +143,8 @@ def _linear_gradients(
 ) -> tuple[Tensor, Tensor] | None:
     if dense_wgrad is not None and dense_wgrad:
         return None
-    dgrad = find_call("linear", "dgrad", grad, weight, mask)
-    wgrad = find_call("linear", "wgrad", grad, x, mask)
-    return None if dgrad is None or wgrad is None else _run_both(dgrad, wgrad, grad, x, weight, mask)
+    calls = find_gradients("linear", grad, x, weight, mask)
+    return None if calls is None else _run_both(*calls, grad, x, weight, mask)
 
 
 @conv2d_op.register_gradients("cpu", conv2d_dgrad_op, conv2d_wgrad_op)
@@ -162,10 +161,8 @@ def _conv2d_gradients(
 ) -> tuple[Tensor, Tensor] | None:
     if dense_wgrad is not None and dense_wgrad:
         return None
-    geometry = stride, padding, dilation, groups
-    dgrad = find_call("conv2d", "dgrad", grad, weight, mask, None, *geometry, x.shape)
-    wgrad = find_call("conv2d", "wgrad", grad, x, mask, None, *geometry)
-    return None if dgrad is None or wgrad is None else _run_both(dgrad, wgrad, grad, x, weight, mask)
+    calls = find_gradients("conv2d", grad, x, weight, mask, stride, padding, dilation, groups)
+    return None if calls is None else _run_both(*calls, grad, x, weight, mask)
 
 
 def _run_both(

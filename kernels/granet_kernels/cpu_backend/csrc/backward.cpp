@@ -1,6 +1,6 @@
-// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it: where few weights
-// are left, packing and unpacking are a third of a layer's time. (Not where the input gradient has narrower panels, as
-// in linear layers of few weights a row: they gain as much.)
+// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it: where few
+// weights are left, packing and unpacking are a third of a layer's time. (Not where the input gradient has narrower
+// panels, as in linear layers of few weights a row: they gain as much.)
 #include <optional>
 
 #include "direct.h"

@@ -10,7 +10,7 @@
 #define GRANET_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of what is declared here; the Python side refuses a library of another version.
-#define GRANET_ABI_VERSION 4
+#define GRANET_ABI_VERSION 5
 
 typedef enum { GRANET_OK = 0, GRANET_OUT_OF_MEMORY = 1, GRANET_UNSUPPORTED = 2 } granet_status;
 
@@ -21,10 +21,11 @@ GRANET_API const char* granet_isa(void);
 GRANET_API int granet_set_isa(const char* name);
 GRANET_API int granet_has_openmp(void);
 
-// Memory for large results, aligned to pages. What is given back is kept for later requests, unless much more is kept
-// than they need. take: NULL if there is none. release: gives all that is not in use to the system, in bytes.
-GRANET_API void* granet_memory_take(int64_t bytes);
-GRANET_API void granet_memory_give(void* memory);
+// A tensor of float32 for a large result, dense in memory in some order of its 4 dimensions or fewer: a DLManagedTensor
+// of DLPack, whose deleter any thread may call. NULL: out of memory. Its memory is aligned to pages and, given back,
+// kept for later requests, unless much more is kept than they need.
+GRANET_API void* granet_tensor_new(int dimensions, const int64_t* shape, const int64_t* strides);
+// Gives all that is not in use to the system. Returns how many bytes that was.
 GRANET_API int64_t granet_memory_release(void);
 
 // The index tensors of one mask (out, in, kh, kw), True = kept. The weight and its gradient have the mask's strides.

@@ -43,18 +43,6 @@ Scratch::~Scratch() {
 
 }  // namespace granet
 
-void* granet_memory_take(int64_t bytes) {
-    try {
-        return granet::with_arena([&](granet::Arena& a) { return a.take(size_t(bytes)); });
-    } catch (const std::bad_alloc&) {
-        return nullptr;
-    }
-}
-
-void granet_memory_give(void* memory) {
-    granet::with_arena([&](granet::Arena& a) { a.give(static_cast<char*>(memory)); });
-}
-
 int64_t granet_memory_release(void) {
     return granet::with_arena([](granet::Arena& a) { return a.release(); });
 }
