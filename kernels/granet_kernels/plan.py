@@ -19,23 +19,22 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from granet_kernels import plan_files, plan_notes
+from granet_kernels import plan_files, plan_modes, plan_notes
 from granet_kernels.cpu_backend import library
 from granet_kernels.layout import SparseLayout
 from granet_kernels.plan_budget import Budget
+from granet_kernels.plan_modes import Mode, by_rule
 from granet_kernels.plan_times import DENSE, NATIVE, NEEDED, Site, Turns
 from granet_kernels.triton_backend import support
 
 DIRECTIONS = plan_notes.DIRECTIONS
-MEASURED, RULE = "measured", "rule"
-MODES = (MEASURED, RULE, NATIVE, DENSE)
+MEASURED, RULE, MODES = plan_modes.MEASURED, plan_modes.RULE, plan_modes.MODES
 RULE_DENSITY = 0.5  # native up to it by the rule, and until something is measured; convolutions break even near 0.6
 
 _PART_OF_TURNS = 0.25  # of the budget: what native code wins is more, and has to be found out first
@@ -74,17 +73,18 @@ class Plan:
         clock: seconds that never fall.
         default: the mode to start with.
         cache: the file of measured times, or None.
+
+    Attributes:
+        mode, set_mode, use: those of its `Mode`. What was measured is kept when another one is set.
     """
 
     def __init__(self, clock: Callable[[], float], default: str, cache: Path | None) -> None:
         self._clock = clock
-        self._mode = default
+        self._mode = Mode(default)
+        self.mode, self.set_mode, self.use = self._mode.get, self._mode.set, self._mode.use
         self._cache = cache
-        self._fixed: plan_files.Choices = {}
         self._lock = threading.Lock()
-        self._is_set_up = False
         self._sites: dict[tuple[str, str], Site] = {}
-        self._generation = 0  # of the fixed plan: a site of another one looks its choices up anew
         self._cached: plan_files.Entries | None = None
         self._budget = Budget(clock)
         self._saved_at = clock()
@@ -99,44 +99,6 @@ class Plan:
             self._budget = Budget(self._clock)
             self._unsaved = False
 
-    def mode(self) -> str:
-        """One of MODES, or the path of the fixed plan in use.
-
-        Raises:
-            ValueError: GRANET_PLAN, which says what to begin with, is neither.
-        """
-        if not self._is_set_up:
-            try:
-                self.set_mode(self._mode)
-            except ValueError as error:
-                raise ValueError(f"GRANET_PLAN: {str(error).removeprefix('plan: ')}") from None
-        return self._mode
-
-    def set_mode(self, name: str | os.PathLike[str]) -> None:
-        """Use a mode, or a fixed plan from a file, in the whole process. What was measured is kept for later.
-
-        Raises:
-            ValueError: no such mode, and no such file; or the file holds no plan.
-        """
-        if name not in MODES:
-            if not Path(name).is_file():
-                raise ValueError(f"plan: expected {', '.join(MODES)} or a file that plan.save wrote, got {str(name)!r}")
-            self._fixed = plan_files.read_choices(Path(name))
-        self._mode = str(name)
-        self._is_set_up = True
-        self._generation += 1
-
-    @contextmanager
-    def use(self, name: str | os.PathLike[str]) -> Iterator[None]:
-        """set_mode for the body of a with statement."""
-        before, fixed = self.mode(), self._fixed
-        self.set_mode(name)
-        try:
-            yield
-        finally:
-            self._mode, self._fixed = before, fixed
-            self._generation += 1
-
     def site(self, key: str, rule_density: float = RULE_DENSITY) -> Site:
         """The site of a key, with the times that earlier processes measured."""
         place = (library.isa(), key)
@@ -150,10 +112,10 @@ class Plan:
 
     def choose(self, site: Site, layout: SparseLayout) -> tuple[str, bool]:
         """The implementation for this call, and whether to time it: then `record` has to follow."""
-        mode = self._mode if self._is_set_up else self.mode()
+        mode = self.mode()
         count = site.count(layout.bucket)
         if mode != MEASURED:
-            return self._fixed_choice(mode, site, layout), False
+            return self._mode.choice(site, layout), False
         if not site.is_set_up:
             self._set_up_measuring(site)
         choice = site.choices.get(layout.bucket)
@@ -168,7 +130,7 @@ class Plan:
         """
         mode = self.mode()
         if mode != MEASURED:
-            return all(self._fixed_choice(mode, site, layout) == DENSE for site in sites)
+            return all(self._mode.choice(site, layout) == DENSE for site in sites)
         if not all(site.choices.get(layout.bucket) == DENSE for site in sites):
             return False
         sites[0].passed += 1
@@ -181,7 +143,7 @@ class Plan:
         """
         mode, bucket = self.mode(), layout.bucket
         if mode != MEASURED:
-            return all(self._fixed_choice(mode, site, layout) == NATIVE for site in sites)
+            return all(self._mode.choice(site, layout) == NATIVE for site in sites)
         return all(
             site.choices.get(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites
         )
@@ -207,7 +169,7 @@ class Plan:
 
     def take_turns(self, turns: Turns) -> tuple[bool, bool]:
         """Which way a dense op goes in this call, and whether to time it: then `record_turn` has to follow."""
-        mode = self._mode if self._is_set_up else self.mode()
+        mode = self.mode()
         if mode != MEASURED:
             return turns.favourite and mode != DENSE, False
         if turns.winner is not None:
@@ -290,7 +252,7 @@ class Plan:
     def _decide(self, site: Site, layout: SparseLayout, count: int) -> tuple[str, bool]:
         with self._lock:
             bucket = layout.bucket
-            incumbent = _nearest(site.choices, bucket) or _rule(site, layout)
+            incumbent = _nearest(site.choices, bucket) or by_rule(site, layout)
             winner = site.times.winner(bucket, incumbent)
             if winner is not None:
                 site.choices[bucket] = winner
@@ -312,29 +274,10 @@ class Plan:
         loss = max(0.0, expected - best) if expected is not None and best is not None else 0.0
         return self._budget.affords(loss)
 
-    def _fixed_choice(self, mode: str, site: Site, layout: SparseLayout) -> str:
-        """The choice of a plan that measures nothing. It leaves the choices of measuring alone."""
-        if mode in (NATIVE, DENSE):
-            return mode
-        if mode == RULE:
-            return _rule(site, layout)
-        if site.generation != self._generation:
-            site.fixed, site.generation = {}, self._generation
-        choice = site.fixed.get(layout.bucket)
-        if choice is None:
-            choice = site.fixed[layout.bucket] = plan_files.choice_at(
-                self._fixed.get(site.key, {}), layout.bucket
-            ) or _rule(site, layout)
-        return choice
-
 
 def _is_recheck(count: int, measured: bool) -> bool:
     """Whether the loser runs in this call: every 2048th, and if it was measured, the 64th, 128th, ... 1024th."""
     return count % _RECHECK == 0 or (measured and count >= 4 * _PERIOD and count & (count - 1) == 0)
-
-
-def _rule(site: Site, layout: SparseLayout) -> str:
-    return NATIVE if layout.density <= site.rule_density else DENSE
 
 
 def _nearest(choices: dict[int, str], bucket: int) -> str | None:
