@@ -16,7 +16,7 @@ from torch import Tensor
 
 from granet_kernels import plan
 from granet_kernels.cpu_backend import dense, formats
-from granet_kernels.cpu_backend.calls import find_call
+from granet_kernels.cpu_backend.calls import Call, find_call
 from granet_kernels.layout import layout_of
 from granet_kernels.reference import image_format
 from granet_kernels.triton_backend import support
@@ -27,8 +27,8 @@ _MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that co
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
     """granet_kernels.linear of rows, or None if that is for the op."""
-    effective = _weight("linear", x, weight, mask, bias, dense_wgrad)
-    return None if effective is None else F.linear(x, effective, bias)
+    found = _weight("linear", x, weight, mask, bias, dense_wgrad)
+    return None if found is None else F.linear(x, found[0], bias)
 
 
 def conv2d(
@@ -44,10 +44,12 @@ def conv2d(
 ) -> Tensor | None:
     """granet_kernels.conv2d of a batch, or None if that is for the op."""
     geometry = stride, padding, dilation, groups
-    effective = _weight("conv2d", x, weight, mask, bias, dense_wgrad, geometry)
-    if effective is None:
+    found = _weight("conv2d", x, weight, mask, bias, dense_wgrad, geometry)
+    if found is None:
         return None
-    call = find_call("conv2d", "forward", x, effective, mask, bias, *geometry) if x.is_cpu else None
+    effective, call = found
+    if call is not None and effective.stride() != weight.stride():
+        call = find_call("conv2d", "forward", x, effective, mask, bias, *geometry)
     return formats.conv2d(call, x, effective, bias, geometry).contiguous(memory_format=image_format(x, weight))
 
 
@@ -78,8 +80,8 @@ def _weight(
     bias: Tensor | None,
     dense_wgrad: Tensor | None,
     geometry: Sequence[Any] = (),
-) -> Tensor | None:
-    """The weight to hand to torch, or None if the op is to be called."""
+) -> tuple[Tensor, Call | None] | None:
+    """The weight to hand to torch and the call that was found, or None if the op is to be called."""
     is_cpu = x.is_cpu
     if not (is_cpu or x.is_cuda) or _autocast_would_cast(x, "cpu" if is_cpu else "cuda"):
         return None
@@ -102,19 +104,19 @@ def _weight(
         for direction, site in needed.items():
             plan.note(site, direction, layout, plan.DENSE)
     if full:
-        return weight
+        return weight, call
     integer = dense.INTEGER.get(weight.dtype)
     bits = None if integer is None else layout.bits(mask, integer)
-    masked: Tensor = _Masked.apply(weight, mask, bits, dense_wgrad)
-    return masked
+    return _Masked.apply(weight, mask, bits, dense_wgrad), call
 
 
-def _weight_on_gpu(op: str, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor | None:
+def _weight_on_gpu(
+    op: str, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None
+) -> tuple[Tensor, None] | None:
     """The masked weight where there are no sparse kernels. It reads the mask itself: a captured graph follows it."""
     if mask.numel() > _MOST_MASKED or (op == "linear" and support.is_available(x.device)):
         return None
-    masked: Tensor = _Masked.apply(weight, mask, None, dense_wgrad)
-    return masked
+    return _Masked.apply(weight, mask, None, dense_wgrad), None
 
 
 def _autocast_would_cast(x: Tensor, device: str) -> bool:

@@ -103,23 +103,9 @@ def test_as_accurate_as_torch(shape, layout, added, relu, assert_as_accurate):
     assert_as_torch(results(norm, *tensors, relu), tensors, relu, assert_as_accurate)
 
 
-@needs_library
-@forms
-@formats
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("shape", [(5, 7, 1, 1), (1, 1, 7, 7), (16, 7, 3, 3), (5, 64, 16, 16)], ids=str)
-def test_every_instruction_set_and_number_of_threads(shape, isa, layout, added, relu, assert_as_accurate, isa_used):
-    tensors = away_from_the_kink(*operands(shape, added, layout=layout), relu)
-    with isa_used(isa):
-        actual = results(norm, *tensors, relu)
-        for threads in (2, 4):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, actual, results(norm, *tensors, relu)))
-    assert_as_torch(actual, tensors, relu, assert_as_accurate)
-
-
+PIXELS = [(5, 7, 1, 1), (1, 1, 7, 7), (16, 7, 3, 3), (5, 64, 16, 16)]
 # Channels that fill no vector, one and a part, several kinds of groups; rows of one piece, of several, of many items.
-CHANNELS_LAST = [
+CHANNELS = [
     *((2, 2, 2, 1), (2, 63, 1, 1), (3, 3, 29, 31), (2, 17, 33, 3), (9, 63, 5, 7)),
     *((64, 100, 1, 1), (2, 512, 1, 1), (40, 512, 2, 3), (1, 48, 64, 64)),
 ]
@@ -128,9 +114,16 @@ CHANNELS_LAST = [
 @needs_library
 @forms
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("shape", CHANNELS_LAST, ids=str)
-def test_rows_of_channels(shape, isa, added, relu, assert_as_accurate, isa_used):
-    tensors = away_from_the_kink(*operands(shape, added, layout=torch.channels_last), relu)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        *((shape, torch.contiguous_format) for shape in PIXELS),
+        *((shape, torch.channels_last) for shape in (*PIXELS, *CHANNELS)),
+    ],
+    ids=str,
+)
+def test_every_instruction_set_and_number_of_threads(shape, isa, layout, added, relu, assert_as_accurate, isa_used):
+    tensors = away_from_the_kink(*operands(shape, added, layout=layout), relu)
     with isa_used(isa):
         actual = results(norm, *tensors, relu)
         for threads in (2, 4):
