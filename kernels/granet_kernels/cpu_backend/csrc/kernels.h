@@ -87,7 +87,7 @@ struct RowsGradient {
 //
 // pack_pixels: `count` consecutive pixels of one channel, vector p goes to panel + at[p] bytes (at[p] < 0: nowhere).
 // pack_channels: `count` consecutive channels of one pixel, vector c goes to panel + c * step bytes.
-// next: how far from here, in floats, the run lies that is asked for after this one: it is prefetched.
+// next: how far from here, in floats, the run lies that is asked for after this one: it is prefetched; 0: the same run.
 // unpack: the way back, `count` consecutive pixels or channels from vectors that lie `step` bytes apart. stream: the
 // images will not be read soon, write them past the cache (and fence).
 struct KernelSet {

@@ -221,9 +221,10 @@ inline __attribute__((noinline)) void pack_channels_tail(const float* image, ptr
 void pack_channels(const float* image, ptrdiff_t lane, int valid, int64_t count, ptrdiff_t next, char* panel,
                    ptrdiff_t step) {
     int64_t c = 0;
+    const ptrdiff_t ahead = next ? next : 2 * LANES;  // what the next call packs, or this one will
     if (valid == LANES) {
         for (; c + LANES <= count; c += LANES) {
-            prefetch(image + c + next, lane, LANES);
+            prefetch(image + c + ahead, lane, LANES);
             Vec out[LANES];
             transpose(image + c, lane, LANES, LANES, out);
             GRANET_UNROLL
