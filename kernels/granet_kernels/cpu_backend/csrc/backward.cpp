@@ -5,6 +5,7 @@
 
 #include "direct.h"
 #include "dots.h"
+#include "pixels.h"
 #include "sums.h"
 #include "tiles.h"
 
@@ -51,14 +52,25 @@ struct Operands {
     float* dw;
 };
 
+// What both gradients are computed of.
+struct Problem {
+    Problem(const granet_conv& conv, const int64_t* g_strides, const int64_t* x_strides, const int64_t* dx_strides)
+        : c(conv), g(strides_of(g_strides)), x(strides_of(x_strides)), dx(strides_of(dx_strides)) {
+        const bool dgrad = is_of_pixels(c, g, dx), wgrad = is_of_pixels(c, g, x);
+        is_same = dgrad == wgrad;
+        if (is_same) take_pixels(c, g, x, dx);
+    }
+    granet_conv c;
+    Strides g, x, dx;
+    bool is_same;  // for each of them alone
+};
+
 // What both gradients share, or nothing where each is better off alone.
-std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, const granet_conv& c,
-                                  const int64_t* g_strides, const int64_t* x_strides, const int64_t* dx_strides,
-                                  int threads) {
-    if (layout->nnz() == 0 || c.n == 0 || direct_applies(k, c, g_strides, dx_strides) ||
-        direct_applies(k, c, x_strides, g_strides))
+std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
+    if (layout->nnz() == 0 || p.c.n == 0 || !p.is_same || direct_applies(k, p.c, p.g.data(), p.dx.data()) ||
+        direct_applies(k, p.c, p.x.data(), p.g.data()))
         return std::nullopt;
-    std::optional<Shared> shared(std::in_place, k, layout, c);
+    std::optional<Shared> shared(std::in_place, k, layout, p.c);
     if (!shared->one_panel() || !Shared::is_even(cut_of(*layout, shared->wgrad.panels(), threads), threads))
         shared.reset();
     return shared;
@@ -91,27 +103,28 @@ void run_shared(const KernelSet& k, granet_layout* layout, const Shared& shared,
 }  // namespace
 }  // namespace granet
 
-int granet_conv2d_backward(granet_layout* layout, const granet_conv* c, const float* g, const int64_t g_strides[4],
+int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const float* g, const int64_t g_strides[4],
                            const float* x, const int64_t x_strides[4], const float* weight, float* dx,
                            const int64_t dx_strides[4], float* dw, int threads) {
     using namespace granet;
     return guarded([&]() -> int {
         const KernelSet& k = kernels();
-        if (const auto shared = find_shared(k, layout, *c, g_strides, x_strides, dx_strides, threads)) {
-            const Operands o{{g, g_strides, c->n}, {x, x_strides, c->n}, weight, dx, dx_strides, dw};
+        const Problem p(*conv, g_strides, x_strides, dx_strides);
+        if (const auto shared = find_shared(k, layout, p, threads)) {
+            const Operands o{{g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx, p.dx.data(), dw};
             run_shared(k, layout, *shared, o, threads);
             return GRANET_OK;
         }
-        const int status = granet_conv2d_dgrad(layout, c, g, g_strides, weight, dx, dx_strides, threads);
-        return status ? status : granet_conv2d_wgrad(layout, c, g, g_strides, x, x_strides, dw, threads);
+        const int status = granet_conv2d_dgrad(layout, conv, g, g_strides, weight, dx, dx_strides, threads);
+        return status ? status : granet_conv2d_wgrad(layout, conv, g, g_strides, x, x_strides, dw, threads);
     });
 }
 
-int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* c, const int64_t g_strides[4],
+int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* conv, const int64_t g_strides[4],
                              const int64_t x_strides[4], const int64_t dx_strides[4], int threads) {
     using namespace granet;
     try {
-        return find_shared(kernels(), layout, *c, g_strides, x_strides, dx_strides, threads).has_value();
+        return find_shared(kernels(), layout, Problem(*conv, g_strides, x_strides, dx_strides), threads).has_value();
     } catch (const std::exception&) {
         return 0;
     }

@@ -4,6 +4,7 @@
 
 #include "direct.h"
 #include "parallel.h"
+#include "pixels.h"
 #include "tiles.h"
 
 namespace granet {
@@ -50,30 +51,36 @@ int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis
 
 }  // namespace granet
 
-int granet_conv2d_forward(granet_layout* layout, const granet_conv* c, const float* x, const int64_t x_strides[4],
+int granet_conv2d_forward(granet_layout* layout, const granet_conv* conv, const float* x, const int64_t x_strides[4],
                           const float* weight, const float* bias, float* y, const int64_t y_strides[4], int threads) {
     using namespace granet;
     return guarded([&] {
         const KernelSet& k = kernels();
-        if (direct_applies(k, *c, x_strides, y_strides))
-            return gather_direct(k, layout, true, c->out, c->in, c->h * c->w, Images{x, x_strides, c->n}, weight, bias,
-                                 y, y_strides, threads);
-        return gather(k, layout, true, forward_axis(c->h, c->out_h, c->kh, c->stride_h, c->pad_h, c->dil_h),
-                      forward_axis(c->w, c->out_w, c->kw, c->stride_w, c->pad_w, c->dil_w), c->out, c->in,
-                      Images{x, x_strides, c->n}, weight, bias, y, y_strides, threads);
+        granet_conv c = *conv;
+        Strides from = strides_of(x_strides), to = strides_of(y_strides);
+        take_pixels(c, from, to);
+        if (direct_applies(k, c, from.data(), to.data()))
+            return gather_direct(k, layout, true, c.out, c.in, c.h * c.w, Images{x, from.data(), c.n}, weight, bias, y,
+                                 to.data(), threads);
+        return gather(k, layout, true, forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
+                      forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.out, c.in,
+                      Images{x, from.data(), c.n}, weight, bias, y, to.data(), threads);
     });
 }
 
-int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* c, const float* g, const int64_t g_strides[4],
+int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* conv, const float* g, const int64_t g_strides[4],
                         const float* weight, float* dx, const int64_t dx_strides[4], int threads) {
     using namespace granet;
     return guarded([&] {
         const KernelSet& k = kernels();
-        if (direct_applies(k, *c, g_strides, dx_strides))
-            return gather_direct(k, layout, false, c->in, c->out, c->h * c->w, Images{g, g_strides, c->n}, weight,
-                                 nullptr, dx, dx_strides, threads);
-        return gather(k, layout, false, dgrad_axis(c->out_h, c->h, c->kh, c->stride_h, c->pad_h, c->dil_h),
-                      dgrad_axis(c->out_w, c->w, c->kw, c->stride_w, c->pad_w, c->dil_w), c->in, c->out,
-                      Images{g, g_strides, c->n}, weight, nullptr, dx, dx_strides, threads);
+        granet_conv c = *conv;
+        Strides from = strides_of(g_strides), to = strides_of(dx_strides);
+        take_pixels(c, from, to);
+        if (direct_applies(k, c, from.data(), to.data()))
+            return gather_direct(k, layout, false, c.in, c.out, c.h * c.w, Images{g, from.data(), c.n}, weight, nullptr,
+                                 dx, to.data(), threads);
+        return gather(k, layout, false, dgrad_axis(c.out_h, c.h, c.kh, c.stride_h, c.pad_h, c.dil_h),
+                      dgrad_axis(c.out_w, c.w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.in, c.out,
+                      Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(), threads);
     });
 }

@@ -1,6 +1,7 @@
 // Weight gradient at kept positions.
 #include "direct.h"
 #include "dots.h"
+#include "pixels.h"
 #include "sums.h"
 
 namespace granet {
@@ -49,7 +50,10 @@ int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* conv, const fl
                         const float* x, const int64_t x_strides[4], float* dw, int threads) {
     using namespace granet;
     return guarded([&] {
-        const Images gradient{g, g_strides, conv->n}, source{x, x_strides, conv->n};
-        return wgrad(kernels(), layout, *conv, gradient, source, dw, threads);
+        granet_conv c = *conv;
+        Strides of_g = strides_of(g_strides), of_x = strides_of(x_strides);
+        take_pixels(c, of_g, of_x);
+        const Images gradient{g, of_g.data(), c.n}, source{x, of_x.data(), c.n};
+        return wgrad(kernels(), layout, c, gradient, source, dw, threads);
     });
 }
