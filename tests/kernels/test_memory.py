@@ -1,5 +1,6 @@
 """Large results lie in memory that is used again, and is nobody else's while a tensor holds it."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -94,6 +95,14 @@ def test_gradients_are_summed_in_place():
 def test_more_than_there_is():
     with pytest.raises(MemoryError, match="no memory for a result of shape"):
         memory.empty((1 << 50,))
+    with pytest.raises(MemoryError, match="no memory for a result of shape"):
+        memory.empty_strided((1 << 31, 1 << 31), (1 << 31, 1))  # more bytes than a size can name
+    assert (memory.empty(LARGE).fill_(1) == 1).all()
+
+
+def test_others_may_declare_the_capsule_s_function(monkeypatch):
+    """ctypes keeps one object for everybody who asks for it by attribute."""
+    monkeypatch.setattr(ctypes.pythonapi.PyCapsule_New, "argtypes", [ctypes.c_int])
     assert (memory.empty(LARGE).fill_(1) == 1).all()
 
 

@@ -11,6 +11,8 @@ from torch.nn.grad import conv2d_weight
 from granet_kernels import plan
 from granet_kernels.conv2d import conv2d_op
 from granet_kernels.cpu_backend import library
+from granet_kernels.cpu_backend.calls import find_gradients
+from granet_kernels.layout import layout_of
 
 OPS = torch.ops.granet
 GEOMETRY = [[1, 1], [0, 0], [1, 1], 1]
@@ -25,6 +27,14 @@ pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no na
 def _native():
     with plan.use("native"):
         yield
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def operands(random_mask, sizes, density=0.3):
@@ -70,11 +80,17 @@ def formats_of(image):
 FORMATS = ["nhwc", "nchw", "some channels", "some columns"]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("density", [0.05, 0.2])
 @pytest.mark.parametrize("of_grad", FORMATS)
 @pytest.mark.parametrize("of_x", FORMATS)
-def test_any_two_formats(of_x, of_grad, random_mask):
+def test_any_two_formats(of_x, of_grad, density, isa, random_mask, isa_used):
     """Both gradients in one call give the bits of each alone, whichever of the two is a linear layer's."""
-    x, grad, weight, mask, bias = operands(random_mask, (70, 40, 3, 5, 48), 0.05)
+    with isa_used(isa):
+        assert_right(*operands(random_mask, (70, 40, 3, 5, 48), density), of_x, of_grad)
+
+
+def assert_right(x, grad, weight, mask, bias, of_x, of_grad):
     x, grad = formats_of(x)[of_x], formats_of(grad)[of_grad]
     kept = torch.where(mask, weight, 0)
     expected = F.conv2d(x.double(), kept.double(), bias.double())
@@ -91,3 +107,12 @@ def test_any_two_formats(of_x, of_grad, random_mask):
     assert both is not None
     assert torch.equal(both[0], x_grad)
     assert torch.equal(both[1], w_grad)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_panel_of_pixels_for_both_gradients(isa, random_mask, one_thread, isa_used):
+    x, grad, weight, mask, _ = operands(random_mask, (70, 40, 3, 5, 48), 0.2)
+    dgrad, wgrad = find_gradients("conv2d", grad, x, weight, mask, *GEOMETRY)
+    geometry = layout_of(mask).native, dgrad.conv, dgrad.first, wgrad.second, dgrad.second, dgrad.threads
+    with isa_used(isa):
+        assert library.load().granet_conv2d_reads_once(*geometry) == 1

@@ -86,6 +86,7 @@ def find_call(
     except KeyError:
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
+            _gradients.clear()  # they are the same calls
         geometry = (tuple(stride), tuple(padding), tuple(dilation))
         prepare = _prepare if groups == 1 and _is_for_library(first, second, mask, bias) else None
         call = prepare(op, direction, first, second, mask, geometry, x_shape, threads) if prepare else None

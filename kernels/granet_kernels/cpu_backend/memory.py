@@ -22,7 +22,7 @@ from granet_kernels.cpu_backend import library
 LEAST_BYTES = 1 << 20  # smaller ones the C library keeps by itself
 
 _CAPSULE = b"dltensor"  # the name that DLPack prescribes; a capsule only points to it
-_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule = ctypes.pythonapi["PyCapsule_New"]  # an object of its own: others may have declared theirs in other ways
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 

@@ -1,17 +1,28 @@
 #include "caches.h"
 
-#include <unistd.h>
+#include <cstdio>
+#include <fstream>
+#include <string>
 
 namespace granet {
 namespace {
 
+std::string read(int index, const char* name) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/" + name);
+    std::string text;
+    file >> text;
+    return text;
+}
+
 Caches find() {
-    Caches found{0, 0};
-#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE)
-    found = {sysconf(_SC_LEVEL1_DCACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE)};
-#endif
-    if (found.first < (16 << 10)) found.first = 32 << 10;
-    if (found.second < (128 << 10)) found.second = 1 << 20;
+    Caches found{32 << 10, 1 << 20};
+    for (int index = 0; index < 4; ++index) {
+        const std::string level = read(index, "level"), size = read(index, "size");
+        long kilobytes = 0;
+        if (read(index, "type") == "Instruction" || std::sscanf(size.c_str(), "%ldK", &kilobytes) != 1) continue;
+        if (level == "1" && kilobytes >= 16) found.first = int64_t(kilobytes) << 10;
+        if (level == "2" && kilobytes >= 128) found.second = int64_t(kilobytes) << 10;
+    }
     return found;
 }
 

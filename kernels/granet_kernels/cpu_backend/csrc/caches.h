@@ -9,7 +9,8 @@ struct Caches {
     int64_t first, second;  // bytes, of data
 };
 
-// As the system tells, or 32 kB and 1 MB.
+// Those of the first core, as Linux tells, or 32 kB and 1 MB. The same whichever core asks: sums of other blocks are
+// rounded in another way.
 const Caches& caches();
 
 }  // namespace granet

@@ -22,8 +22,8 @@ GRANET_API int granet_set_isa(const char* name);
 GRANET_API int granet_has_openmp(void);
 
 // A tensor of float32 for a large result, dense in memory in some order of its 4 dimensions or fewer: a DLManagedTensor
-// of DLPack, whose deleter any thread may call. NULL: out of memory. Its memory is aligned to pages and, given back,
-// kept for later requests, unless much more is kept than they need.
+// of DLPack, whose deleter any thread may call. NULL: out of memory, or more dimensions. Its memory is aligned to pages
+// and, given back, kept for later requests, unless much more is kept than they need.
 GRANET_API void* granet_tensor_new(int dimensions, const int64_t* shape, const int64_t* strides);
 // Gives all that is not in use to the system. Returns how many bytes that was.
 GRANET_API int64_t granet_memory_release(void);

@@ -180,7 +180,7 @@ void shared_dot(const DotArgs& args) {
 
 #include "whole.inl"
 
-// Asks for the `rows` lines that the next call to transpose will read.
+// Asks for `rows` lines that a later call to transpose will read.
 inline void prefetch(const float* in, ptrdiff_t stride, int rows) {
     for (int i = 0; i < rows; ++i) __builtin_prefetch(in + i * stride, 0, 3);
 }

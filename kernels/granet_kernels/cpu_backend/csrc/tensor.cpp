@@ -1,8 +1,7 @@
 // Large results as tensors of DLPack: torch takes them as they are, and gives them back without Python.
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <exception>
 
 #include "granet_cpu.h"
 #include "parallel.h"
@@ -49,10 +48,11 @@ void* granet_tensor_new(int dimensions, const int64_t* shape, const int64_t* str
     using namespace granet;
     if (dimensions > MOST_DIMENSIONS) return nullptr;
     size_t bytes = sizeof(float);
-    for (int i = 0; i < dimensions; ++i) bytes *= size_t(shape[i]);
+    for (int i = 0; i < dimensions; ++i)
+        if (__builtin_mul_overflow(bytes, size_t(shape[i]), &bytes) || bytes > PTRDIFF_MAX) return nullptr;
     try {
         return &(new Result(dimensions, shape, strides, bytes))->managed;
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {
         return nullptr;
     }
 }
