@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -10,7 +12,7 @@ _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _PLAIN = frozenset({torch.Size, tuple, list, int, float, bool, type(None)})
 
 
-def is_eager(*operands: object) -> bool:
+def is_eager(*operands: Any) -> bool:
     """Whether none of these is at work: compile, export, jit.trace, torch.func, forward-mode derivatives, a mode that
     sees every op, or an operand that is no plain tensor or number (a subclass of Tensor, a proxy, a symbol)."""
     if (
@@ -23,7 +25,7 @@ def is_eager(*operands: object) -> bool:
         return False
     for operand in operands:
         if type(operand) in _TENSORS:
-            if operand.is_neg():  # type: ignore[attr-defined]  # memory holds the negated values: the dispatcher's work
+            if operand.is_neg():  # memory holds the negated values: the dispatcher's work
                 return False
         elif type(operand) not in _PLAIN:
             return False
