@@ -22,7 +22,7 @@ def _norm(
     # These names keep the copies alive, where there are any, while the library reads them.
     gamma, beta = gamma.contiguous(), beta.contiguous()
     added = None if residual is None else _in_format_of(x, residual)
-    y = _empty_like(x)
+    y = memory.empty_like(x)
     mean, invstd, var = (torch.empty_like(gamma) for _ in range(3))
     library.check(
         native.granet_norm_forward(
@@ -58,9 +58,9 @@ def _norm_backward(
         return norm_backward_ref(grad, x, y, gamma, beta, mean, invstd, eps, relu)
     grad, out = _in_format_of(x, grad), None if y is None else _in_format_of(x, y)
     gamma, beta, mean, invstd = (values.contiguous() for values in (gamma, beta, mean, invstd))
-    x_grad = _empty_like(x)
+    x_grad = memory.empty_like(x)
     gamma_grad, beta_grad = torch.empty_like(gamma), torch.empty_like(gamma)
-    residual_grad = x.new_empty(0) if y is None else _empty_like(x)
+    residual_grad = x.new_empty(0) if y is None else memory.empty_like(x)
     library.check(
         native.granet_norm_backward(
             _geometry(x, eps, relu),
@@ -95,13 +95,6 @@ def _is_for_library(x: Tensor, images: Sequence[Tensor | None], channels: Sequen
 
 def _in_format_of(x: Tensor, image: Tensor) -> Tensor:
     return image.contiguous(memory_format=image_format(x, x))
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    _, c, h, w = x.shape
-    if image_format(x, x) == torch.channels_last:
-        return memory.empty_strided(x.shape, (c * h * w, 1, w * c, c))
-    return memory.empty(x.shape)
 
 
 def _geometry(x: Tensor, eps: float, relu: bool) -> library.Norm:
