@@ -78,6 +78,7 @@ void run_tile(const DirectPass& p, int64_t image, int64_t j, int th, int tw, cha
         args.bias = p.bias ? p.bias + begin : nullptr;
         for (int64_t block = 0; block < p.table.blocks; ++block) {
             args.ptr = p.table.row_ptr(0, block, begin);
+            args.order = p.table.order_of(0, block, begin, end);
             args.accumulate = block > 0;
             k.tile(th, tw, p.tiling.height > 1)(args);
         }
@@ -140,6 +141,7 @@ void wgrad_direct(const KernelSet& k, const Table& table, const Images& gradient
             args.sum = sums;
             for (int64_t block = 0; block < table.blocks; ++block) {
                 args.ptr = table.row_ptr(0, block, part.row_begin);
+                args.order = table.order_of(0, block, part.row_begin, part.row_end);
                 k.dot(th, tw, t.height > 1)(args);
             }
         }

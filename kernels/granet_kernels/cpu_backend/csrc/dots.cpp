@@ -70,6 +70,7 @@ void DotItem::multiply(const char* source, const GradientPanel& gradient, int th
         args.gradient = gradient.data + j * g_.vector;
         for (int64_t block = 0; block < p_.table.blocks; ++block) {
             args.ptr = p_.table.row_ptr(0, block, row_begin_);
+            args.order = p_.table.order_of(0, block, row_begin_, row_end_);
             if (g_.whole)
                 g_.whole->dot(args);
             else

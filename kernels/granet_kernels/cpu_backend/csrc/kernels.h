@@ -9,6 +9,10 @@
 
 namespace granet {
 
+// Rows are taken in the order of a table in each group of so many: those of equal length one after the other, so that
+// the processor foresees where short ones end.
+constexpr int64_t ORDERED = 32;
+
 // out[a][b] (+)= sum_j value[j] * source[offset[j] + a * source_pitch + b vectors], for each row of the weight.
 // Offsets and pitches are in bytes. Row r owns the entries [ptr[r], ptr[r + 1]) and writes to out + r * out_row.
 //
@@ -20,6 +24,7 @@ struct TileArgs {
     const int32_t* offset;
     const float* value;
     const int32_t* ptr;
+    const uint8_t* order;  // the i-th row to take is i / ORDERED * ORDERED + order[i]; NULL: i. Not for shared rows
     int64_t rows;
     const float* bias;  // one a row, or NULL
     bool accumulate;    // add to what `out` holds, not to bias
@@ -35,6 +40,7 @@ struct DotArgs {
     ptrdiff_t gradient_row, gradient_pitch;  // of a row of the weight, of a
     const int32_t* offset;
     const int32_t* ptr;
+    const uint8_t* order;  // as above
     int64_t rows;
     float* sum;
 };

@@ -32,12 +32,15 @@ inline __attribute__((always_inline)) void add_weight(Vec (&acc)[TH][TW], const 
         for (int b = 0; b < TW; ++b) acc[a][b] += value * *(const Vec*)(source + a * t.source_pitch + b * step);
 }
 
+inline int64_t row_at(const uint8_t* order, int64_t i) { return order ? i / ORDERED * ORDERED + order[i] : i; }
+
 template <int TH, int TW>
 void tile(const TileArgs& args) {
     constexpr int N = chains<TH, TW>;
     const TileArgs t = args;  // a copy that the stores below cannot alias
-    char* out = t.out;
-    for (int64_t row = 0; row < t.rows; ++row, out += t.out_row) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const int64_t row = row_at(t.order, i);
+        char* out = t.out + row * t.out_row;
         Vec acc[N][TH][TW] = {};
         const float start = t.bias ? t.bias[row] : 0.0f;
         GRANET_UNROLL
@@ -131,7 +134,8 @@ template <int TH, int TW>
 void dot(const DotArgs& args) {
     constexpr ptrdiff_t step = sizeof(Vec);
     const DotArgs t = args;
-    for (int64_t row = 0; row < t.rows; ++row) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const int64_t row = row_at(t.order, i);
         int32_t j = t.ptr[row];
         const int32_t end = t.ptr[row + 1];
         if (j == end) continue;

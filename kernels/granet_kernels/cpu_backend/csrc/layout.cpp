@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <limits>
+#include <utility>
 
 #include "parallel.h"
 
@@ -11,6 +12,7 @@ namespace granet {
 namespace {
 
 constexpr size_t MAX_TABLES = 6;  // a layer sees few geometries: forward, dgrad, and those of a last, smaller batch
+constexpr int64_t SHORT_ROW = 32;  // entries; a mispredicted branch at the end of a longer one does not count
 
 // Appends the numbers of the bytes that are not 0, eight at a time where all are.
 void append_kept(const unsigned char* mask, int64_t count, std::vector<int32_t>& index) {
@@ -42,6 +44,23 @@ bool rows_contiguous(const int64_t shape[4], const int64_t strides[4]) {
         expected *= shape[d];
     }
     return true;
+}
+
+// The rows of each group by rising length.
+std::vector<uint8_t> order_by_length(const Table& table) {
+    const int64_t segments = table.access.phases * table.blocks;
+    std::vector<uint8_t> order(segments * table.rows);
+    std::vector<std::pair<int32_t, uint8_t>> group;
+    for (int64_t segment = 0; segment < segments; ++segment)
+        for (int64_t begin = 0; begin < table.rows; begin += ORDERED) {
+            const int64_t first = segment * table.rows + begin, count = std::min(ORDERED, table.rows - begin);
+            group.clear();
+            for (int64_t i = 0; i < count; ++i)
+                group.emplace_back(table.ptr[first + i + 1] - table.ptr[first + i], uint8_t(i));
+            std::sort(group.begin(), group.end());
+            for (int64_t i = 0; i < count; ++i) order[first + i] = group[i].second;
+        }
+    return order;
 }
 
 std::shared_ptr<const Table> make_table(const granet_layout& layout, const Access& access) {
@@ -88,6 +107,9 @@ std::shared_ptr<const Table> make_table(const granet_layout& layout, const Acces
                                      tap / layout.shape[3] * layout.strides[2] +
                                      tap % layout.shape[3] * layout.strides[3]);
     });
+    if (table->ranks == 1 && height == 1 && table->blocks > 1 &&
+        layout.nnz() <= SHORT_ROW * access.phases * table->blocks * table->rows)
+        table->order = order_by_length(*table);
     return table;
 }
 
@@ -174,8 +196,10 @@ int64_t granet_layout_nnz(const granet_layout* layout) { return layout->nnz(); }
 
 int64_t granet_layout_bytes(const granet_layout* layout) {
     const std::lock_guard<std::mutex> lock(granet::tables_mutex());
-    int64_t words = int64_t(layout->ptr.size() + layout->index.size());
-    for (const auto& table : layout->tables)
+    int64_t words = int64_t(layout->ptr.size() + layout->index.size()), bytes = 0;
+    for (const auto& table : layout->tables) {
         words += int64_t(table->ptr.size() + table->offset.size() + table->position.size());
-    return words * int64_t(sizeof(int32_t));
+        bytes += int64_t(table->order.size());
+    }
+    return words * int64_t(sizeof(int32_t)) + bytes;
 }

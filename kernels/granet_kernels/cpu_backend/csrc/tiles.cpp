@@ -63,6 +63,7 @@ class Item {
         args.offset = p_.table->offset.data();
         args.value = p_.values;
         args.ptr = p_.table->row_ptr(phase, block, row);
+        args.order = p_.table->order_of(phase, block, row, end);
         args.rows = end - row;
         args.bias = p_.bias ? p_.bias + row : nullptr;
         args.accumulate = block > 0;
