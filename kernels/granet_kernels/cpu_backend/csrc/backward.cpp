@@ -67,7 +67,7 @@ struct Problem {
 
 // What both gradients share, or nothing where each is better off alone.
 std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
-    if (layout->nnz() == 0 || p.c.n == 0 || !p.is_same || direct_applies(k, p.c, p.g.data(), p.dx.data()) ||
+    if (layout->nnz() == 0 || p.c.n == 0 || !p.is_same || direct_applies(k, p.c, p.dx.data(), p.g.data()) ||
         direct_applies(k, p.c, p.x.data(), p.g.data()))
         return std::nullopt;
     std::optional<Shared> shared(std::in_place, k, layout, p.c);

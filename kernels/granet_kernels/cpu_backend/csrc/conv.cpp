@@ -60,8 +60,7 @@ int granet_conv2d_forward(granet_layout* layout, const granet_conv* conv, const 
         Strides from = strides_of(x_strides), to = strides_of(y_strides);
         take_pixels(c, from, to);
         if (direct_applies(k, c, from.data(), to.data()))
-            return gather_direct(k, layout, true, c.out, c.in, c.h * c.w, Images{x, from.data(), c.n}, weight, bias, y,
-                                 to.data(), threads);
+            return gather_direct(k, layout, true, c, Images{x, from.data(), c.n}, weight, bias, y, to.data(), threads);
         return gather(k, layout, true, forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                       forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.out, c.in,
                       Images{x, from.data(), c.n}, weight, bias, y, to.data(), threads);
@@ -76,9 +75,9 @@ int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* conv, const fl
         granet_conv c = *conv;
         Strides from = strides_of(g_strides), to = strides_of(dx_strides);
         take_pixels(c, from, to);
-        if (direct_applies(k, c, from.data(), to.data()))
-            return gather_direct(k, layout, false, c.in, c.out, c.h * c.w, Images{g, from.data(), c.n}, weight, nullptr,
-                                 dx, to.data(), threads);
+        if (direct_applies(k, c, to.data(), from.data()))
+            return gather_direct(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
+                                 threads);
         return gather(k, layout, false, dgrad_axis(c.out_h, c.h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                       dgrad_axis(c.out_w, c.w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.in, c.out,
                       Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(), threads);
