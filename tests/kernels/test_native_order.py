@@ -5,29 +5,47 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ISAS
-from torch.nn.grad import conv2d_weight
 
 from granet_kernels import plan
-from granet_kernels.cpu_backend import library
+from granet_kernels.cpu_backend import library, memory
 from granet_kernels.layout import layout_of
+from granet_kernels.linear import linear_op
 
 OPS = torch.ops.granet
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
 
+# Several blocks of short rows, whatever the sizes of the CPU's caches.
+IMAGES, INPUTS, OUTPUTS = 128, 240, 235
+# name: (x shape, weight shape, stride, padding, the mean share of weights that is kept).
+CONVS = {
+    "in place": ((3, 250, 8, 8), (100, 250, 1, 1), 1, 0, 0.22),
+    "stride": ((3, 300, 8, 8), (100, 300, 1, 1), 2, 0, 0.22),
+    "phases of the input gradient": ((3, 20, 8, 8), (150, 20, 3, 3), 2, 1, 0.15),
+}
+
 
 @pytest.fixture(autouse=True)
-def _native():
+def _native_and_nan_in_new_memory():
     threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    memory.empty((1 << 22,)).fill_(torch.nan)  # what the kernels work in, too
     with plan.use("native"):
         yield
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 
 
-def uneven_mask(rows, columns):
-    """About a fifth is kept, of each row and column between nothing and half."""
-    share = (torch.rand(rows, 1) + torch.rand(1, columns)) ** 2 / 5
-    share[:: rows // 7] = share[:, :: columns // 5] = 0
-    return torch.rand(rows, columns) < share
+def uneven_mask(rows, columns, share=0.22):
+    """A share of all is kept, of each row and column between nothing and about two and a half times that."""
+    shares = (torch.rand(rows, 1) + torch.rand(1, columns)) ** 2 * share
+    shares[:: rows // 7] = shares[:, :: columns // 5] = 0
+    return torch.rand(rows, columns) < shares
+
+
+def of_linear():
+    mask = uneven_mask(OUTPUTS, INPUTS)
+    x, grad = torch.randn(IMAGES, INPUTS), torch.randn(IMAGES, OUTPUTS)
+    return x, grad, torch.randn(mask.shape), mask, torch.randn(OUTPUTS)
 
 
 def linear(x, grad, weight, mask, bias):
@@ -39,63 +57,107 @@ def linear(x, grad, weight, mask, bias):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize("sizes", [(128, 333, 315), (64, 500, 64), (600, 257, 256)], ids=str)
-def test_linear(sizes, threads, isa, isa_used, assert_as_accurate):
-    torch.set_num_threads(threads)
-    images, inputs, outputs = sizes
-    mask, bias = uneven_mask(outputs, inputs), torch.randn(outputs)
-    x, grad, weight = torch.randn(images, inputs), torch.randn(images, outputs), torch.randn(outputs, inputs)
+def test_linear(isa, isa_used, assert_as_accurate):
+    x, grad, weight, mask, bias = given = of_linear()
+    with plan.use("dense"):
+        torchs = linear(*given)
+        exact = linear(x.double(), grad.double(), weight.double(), mask, bias.double())
+    p, q = torch.randperm(OUTPUTS), torch.randperm(INPUTS)
     with isa_used(isa):
-        results = linear(x, grad, weight, mask, bias)
-        p, q = torch.randperm(outputs), torch.randperm(inputs)
+        results = linear(*given)
         y = OPS.linear(x, weight[p], mask[p], bias[p], None)
         x_grad = OPS.linear_dgrad(grad, weight[:, q], mask[:, q], None)
         w_grad = OPS.linear_wgrad(grad[:, p], x, mask[p], None)
-    with plan.use("dense"):
-        torchs = linear(x, grad, weight, mask, bias)
-        exact = linear(x.double(), grad.double(), weight.double(), mask, bias.double())
+        with torch.no_grad():
+            both = linear_op.gradients(grad, x, weight, mask, None)
     for actual, own, expected in zip(results, torchs, exact, strict=True):
         assert_as_accurate(actual, own, expected)
+    assert results[2][~mask].count_nonzero() == 0
     assert torch.equal(y, results[0][:, p])
     assert torch.equal(x_grad, results[1][:, q])
     assert torch.equal(w_grad, results[2][p])
+    assert torch.equal(both[0], results[1])
+    assert torch.equal(both[1], results[2])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("images", [3, IMAGES])
+def test_parts_of_the_rows(images, isa, isa_used):
+    """With more threads than panels the rows are split, where groups may be cut: then they have no order."""
+    x, grad, *weights = of_linear()
+    seen = []
+    with isa_used(isa):
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            seen.append(linear(x[:images], grad[:images], *weights))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+def of_conv2d(name):
+    x_shape, w_shape, stride, padding, share = CONVS[name]
+    rows = w_shape[0]
+    x, weight = torch.randn(x_shape), torch.randn(w_shape)
+    mask = uneven_mask(rows, weight[0].numel(), share)
+    geometry = (stride, stride), (padding, padding), (1, 1), 1
+    return x, torch.randn(x_shape[0], rows, 8 // stride, 8 // stride), weight, mask.view(w_shape), geometry
+
+
+def conv2d(x, grad, weight, mask, geometry):
+    return (
+        OPS.conv2d(x, weight, mask, None, *geometry, None),
+        OPS.conv2d_dgrad(grad, weight, mask, x.shape, *geometry, None),
+        OPS.conv2d_wgrad(grad, x, mask, *geometry, None),
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", CONVS)
+def test_conv2d(name, isa, isa_used, assert_as_accurate):
+    x, grad, weight, mask, geometry = given = of_conv2d(name)
+    with plan.use("dense"):
+        torchs = conv2d(*given)
+        exact = conv2d(x.double(), grad.double(), weight.double(), mask, geometry)
+    with isa_used(isa):
+        results = conv2d(*given)
+    for actual, own, expected in zip(results, torchs, exact, strict=True):
+        assert_as_accurate(actual, own, expected)
     assert results[2][~mask].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("isa", ISAS)
-def test_conv2d(isa, stride, isa_used, assert_as_accurate):
-    """In place (stride 1), and by panels, where the pixels of an input gradient lie in phases (stride 2)."""
-    geometry = (stride, stride), (0, 0), (1, 1), 1
-    mask = uneven_mask(100, 300)[:, :, None, None]
-    x, weight = torch.randn(3, 300, 8, 8), torch.randn(mask.shape)
-    grad = torch.randn(3, 100, 8 // stride, 8 // stride)
-    with isa_used(isa):
-        y = OPS.conv2d(x, weight, mask, None, *geometry, None)
-        x_grad = OPS.conv2d_dgrad(grad, weight, mask, x.shape, *geometry, None)
-        w_grad = OPS.conv2d_wgrad(grad, x, mask, *geometry, None)
-
-    def torchs(dtype):
-        a, w, g = x.to(dtype).requires_grad_(), (weight * mask).to(dtype), grad.to(dtype)
-        out = torch.nn.functional.conv2d(a, w, None, stride)
-        (a_grad,) = torch.autograd.grad(out, a, g)
-        return out.detach(), a_grad, conv2d_weight(a.detach(), w.shape, g, stride) * mask
-
-    for actual, own, exact in zip((y, x_grad, w_grad), torchs(torch.float32), torchs(torch.float64), strict=True):
-        assert_as_accurate(actual, own, exact)
-    assert w_grad[~mask].count_nonzero() == 0
-
-
-def test_short_rows_have_an_order(isa_used):
-    """Else the tests above test nothing: a table with an order has five bytes for each row of a block, not four."""
-    outputs, inputs = 315, 333
-    mask = uneven_mask(outputs, inputs)
+def bytes_of_rows(mask):
+    """Of the tables made from the mask, if it is a single one, without its entries and the end of the last row."""
     layout = layout_of(mask)
-    with isa_used("avx512"):
-        OPS.linear(torch.randn(128, inputs), torch.randn(outputs, inputs), mask, None, None)
-    of_mask, of_table = 4 * (outputs + 1 + layout.nnz), 4 * (2 * layout.nnz + 1)
-    of_rows = library.load().granet_layout_bytes(layout.native) - of_mask - of_table
-    blocks, rest = divmod(of_rows, 5 * outputs)
+    of_mask = 4 * (mask.shape[0] + 1 + layout.nnz)
+    return library.load().granet_layout_bytes(layout.native) - of_mask - 4 * (2 * layout.nnz + 1)
+
+
+def assert_has_order(mask, rows):
+    """A table has four bytes for each row of a block, and five with an order."""
+    blocks, rest = divmod(bytes_of_rows(mask), 5 * rows)
     assert rest == 0
-    assert 2 <= blocks <= 4
+    assert blocks >= 2
+    assert blocks % 4 != 0  # four or five bytes: then it could be either
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_the_rows_of_linear_layers_have_an_order(isa, isa_used):
+    """Else the tests above test nothing."""
+    x, grad, weight, mask, _ = of_linear()
+    by_input = mask.clone()
+    with isa_used(isa):
+        OPS.linear(x, weight, mask, None, None)
+        OPS.linear_dgrad(grad, weight, by_input, None)
+    assert_has_order(mask, OUTPUTS)
+    assert_has_order(by_input, INPUTS)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_rows_of_convolutions_have_an_order(isa, isa_used):
+    in_place, phases = of_conv2d("in place"), of_conv2d("phases of the input gradient")
+    with isa_used(isa):
+        x, _, weight, mask, geometry = in_place
+        OPS.conv2d(x, weight, mask, None, *geometry, None)
+        assert_has_order(mask, 100)
+        x, grad, weight, mask, geometry = phases
+        OPS.conv2d_dgrad(grad, weight, mask, x.shape, *geometry, None)
+        assert_has_order(mask, 4 * 20)

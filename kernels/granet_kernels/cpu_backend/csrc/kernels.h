@@ -9,9 +9,9 @@
 
 namespace granet {
 
-// Rows are taken in the order of a table in each group of so many: those of equal length one after the other, so that
-// the processor foresees where short ones end.
+// Short rows are taken in groups of so many, within each by rising length, so that the processor foresees their ends.
 constexpr int64_t ORDERED = 32;
+static_assert(ORDERED <= 256);  // a place in a group is a byte
 
 // out[a][b] (+)= sum_j value[j] * source[offset[j] + a * source_pitch + b vectors], for each row of the weight.
 // Offsets and pitches are in bytes. Row r owns the entries [ptr[r], ptr[r + 1]) and writes to out + r * out_row.
@@ -24,7 +24,7 @@ struct TileArgs {
     const int32_t* offset;
     const float* value;
     const int32_t* ptr;
-    const uint8_t* order;  // the i-th row to take is i / ORDERED * ORDERED + order[i]; NULL: i. Not for shared rows
+    const uint8_t* order;  // the i-th row to take is i / ORDERED * ORDERED + order[i]; NULL: i, as for shared rows
     int64_t rows;
     const float* bias;  // one a row, or NULL
     bool accumulate;    // add to what `out` holds, not to bias

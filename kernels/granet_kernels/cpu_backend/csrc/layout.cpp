@@ -12,7 +12,7 @@ namespace granet {
 namespace {
 
 constexpr size_t MAX_TABLES = 6;  // a layer sees few geometries: forward, dgrad, and those of a last, smaller batch
-constexpr int64_t SHORT_ROW = 32;  // entries; a mispredicted branch at the end of a longer one does not count
+constexpr int64_t SHORT_ROW = 32;  // entries, on average; a mispredicted end of a longer one does not count
 
 // Appends the numbers of the bytes that are not 0, eight at a time where all are.
 void append_kept(const unsigned char* mask, int64_t count, std::vector<int32_t>& index) {

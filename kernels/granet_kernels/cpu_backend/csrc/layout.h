@@ -41,12 +41,12 @@ struct Table {
     std::vector<int32_t> ptr;
     std::vector<int32_t> offset;    // bytes into the source
     std::vector<int32_t> position;  // elements into the weight, by its strides
-    std::vector<uint8_t> order;     // of the rows of each block, as TileArgs has it; empty where it is not worth while
+    std::vector<uint8_t> order;     // of the rows of each block, as TileArgs has it; empty where rows are long
 
     const int32_t* row_ptr(int64_t phase, int64_t b, int64_t row) const {
         return ptr.data() + ((phase * blocks + b) * rows + row) * ranks;
     }
-    // In which order to take the rows [begin, end); NULL: any.
+    // In which order to take the rows [begin, end), or NULL: as they come. Only whole groups have one.
     const uint8_t* order_of(int64_t phase, int64_t b, int64_t begin, int64_t end) const {
         const bool whole_groups = begin % ORDERED == 0 && (end % ORDERED == 0 || end == rows);
         return order.empty() || !whole_groups ? nullptr : order.data() + (phase * blocks + b) * rows + begin;
