@@ -100,6 +100,20 @@ def test_more_than_there_is():
     assert (memory.empty(LARGE).fill_(1) == 1).all()
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="not Linux")
+def test_most_of_a_limit_on_addresses_is_left():
+    script = (
+        "import pathlib, resource, torch\n"
+        "from granet_kernels.cpu_backend import library, memory\n"
+        "library.load()\n"
+        "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)\n"
+        "small = memory.empty((1 << 19,)).fill_(1)\n"
+        "torch.empty(3 << 29, dtype=torch.uint8)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_others_may_declare_the_capsule_s_function(monkeypatch):
     """ctypes keeps one object for everybody who asks for it by attribute."""
     monkeypatch.setattr(ctypes.pythonapi.PyCapsule_New, "argtypes", [ctypes.c_int])

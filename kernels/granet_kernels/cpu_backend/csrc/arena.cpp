@@ -1,8 +1,11 @@
 #include "arena.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -15,16 +18,32 @@
 namespace granet {
 namespace {
 
-constexpr size_t PAGE = 4096, HUGE_PAGE = size_t(2) << 20;
+constexpr size_t HUGE_PAGE = size_t(2) << 20;
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t SEGMENT = size_t(1) << 28;  // to poison addresses takes memory
 #else
 constexpr size_t SEGMENT = size_t(1) << (sizeof(size_t) > 4 ? 36 : 28);  // of addresses: pages come as they are written
 #endif
+constexpr size_t MODEST = size_t(1) << 28;  // a segment where addresses are counted
 constexpr size_t SLACK = size_t(64) << 20;
 constexpr int64_t PATIENCE = 4096;  // requests between two looks at what is kept for nothing
 
 size_t rounded(size_t bytes, size_t unit) { return (std::max<size_t>(bytes, 1) + unit - 1) / unit * unit; }
+
+// Blocks begin and end at pages, so that what is free can be given back without its neighbours.
+size_t page() {
+    static const size_t size = std::max<size_t>(4096, size_t(std::max(sysconf(_SC_PAGESIZE), 0L)));
+    return size;
+}
+
+// Whether addresses count as memory: by a limit of the process, or where the system promises no more than it has.
+bool addresses_are_counted() {
+    rlimit limit{};
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return true;
+    std::ifstream file("/proc/sys/vm/overcommit_memory");
+    int mode = 0;
+    return file >> mode && mode == 2;
+}
 
 // At a huge page's address; NULL if there is none.
 char* map(size_t size) {
@@ -46,7 +65,7 @@ char* map(size_t size) {
 
 char* Arena::take(size_t bytes) {
     if (bytes > SIZE_MAX - 2 * HUGE_PAGE) throw std::bad_alloc();
-    const size_t size = rounded(bytes, PAGE);
+    const size_t size = rounded(bytes, page());
     if (++requests_ % PATIENCE == 0) trim();
     size_t i = best(size);
     if (i == blocks_.size()) i = add_segment(size);
@@ -90,10 +109,10 @@ size_t Arena::best(size_t size) const {
 size_t Arena::add_segment(size_t size) {
     blocks_.reserve(blocks_.size() + 2);
     const size_t least = rounded(size, HUGE_PAGE);
-    size_t mapped = std::max(least, SEGMENT);
+    size_t mapped = std::max(least, addresses_are_counted() ? MODEST : SEGMENT);
     char* memory = map(mapped);
-    while (!memory && mapped > least) {  // the user or the system allows fewer addresses
-        mapped = std::max(least, rounded(mapped / 2, HUGE_PAGE));
+    while (!memory && mapped > least) {
+        mapped = std::max(least, rounded(std::min(MODEST, mapped / 2), HUGE_PAGE));
         memory = map(mapped);
     }
     if (!memory) throw std::bad_alloc();
@@ -119,15 +138,17 @@ int64_t Arena::release() {
             ++i;
             continue;
         }
-        bytes += int64_t(block.touched);
         if (block.first && (i + 1 == blocks_.size() || blocks_[i + 1].first)) {
+            bytes += int64_t(block.touched);
             ASAN_UNPOISON_MEMORY_REGION(block.memory, block.size);
             munmap(block.memory, block.size);
             blocks_.erase(blocks_.begin() + ptrdiff_t(i));
             continue;
         }
-        if (block.touched > 0) madvise(block.memory, block.touched, MADV_DONTNEED);
-        block.touched = 0;
+        if (block.touched > 0 && madvise(block.memory, block.touched, MADV_DONTNEED) == 0) {
+            bytes += int64_t(block.touched);
+            block.touched = 0;
+        }
         ++i;
     }
     return bytes;
