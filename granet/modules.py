@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import granet_kernels
 from granet.granularity import Granularity, parse
+from granet_kernels.layout import trust_version
 
 
 class SparseLayer(nn.Module):
@@ -34,6 +35,7 @@ class SparseLayer(nn.Module):
 
     def bind(self, mask: Tensor, dense_wgrad: Tensor) -> None:
         """Compute with `mask` from now on. The mask may be changed in place afterwards."""
+        trust_version(mask)
         self.mask = mask
         self.dense_wgrad = dense_wgrad
 
@@ -48,6 +50,7 @@ class SparseLayer(nn.Module):
         super()._apply(fn, recurse)
         if self.mask is not None:
             self.mask = fn(self.mask).bool()  # .type(torch.float64) converts masks, too
+            trust_version(self.mask)
         return self
 
     # A copy (EMA, the best model so far, a pickled model) is not trained by the Sparsifier: its weights may hold a mean

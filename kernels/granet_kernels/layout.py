@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from granet_kernels.cpu_backend import library
 
 _ATTRIBUTE = "_granet_layouts"
+_TRUSTED = "_granet_counts_changes"  # of a storage: see trust_version
+_thread = threading.local()
 _MOST_LAYOUTS = 1024  # of one storage: somebody may walk over a large buffer in views
 
 BUCKETS_PER_OCTAVE = 6
@@ -54,8 +58,8 @@ class SparseLayout:
 
     def __init__(self, mask: Tensor, last: dict[str, Any]) -> None:
         self._version = _version(mask)
-        # Of an inference tensor nobody counts the changes, so it is compared with what it was.
-        self._copy = mask.clone() if self._version is None else None
+        # Where nobody counts the changes it is compared with what it was.
+        self._copy = mask.clone() if self._version is None or not _counts_changes(mask) else None
         self._place = (weakref.ref(mask.untyped_storage()), mask.storage_offset(), tuple(mask.shape), mask.stride())
         self._handle: int | None = None
         self._bits: dict[torch.dtype, Tensor] = {}
@@ -95,9 +99,11 @@ class SparseLayout:
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether the mask is still what this layout describes. The place in memory is the caller's to compare."""
-        if self._copy is None:
-            return not mask.is_inference() and self._version == mask._version
-        return mask.is_inference() and torch.equal(self._copy, mask)
+        if mask.is_inference() != (self._version is None):
+            return False
+        if self._copy is not None:
+            return torch.equal(self._copy, mask)
+        return self._version == mask._version and _counts_changes(mask)
 
     def _build(self) -> int:
         lib = library.load()
@@ -119,8 +125,9 @@ class SparseLayout:
 def layout_of(mask: Tensor) -> SparseLayout:
     """The layout of a mask, built anew if the mask was changed in place since the last call.
 
-    Changes are seen through the version counter that autograd keeps, so not those by way of `mask.data` or numpy; of
-    inference tensors, which have no counter, the bytes are compared.
+    Changes are seen through the version counter that autograd keeps, so not those by way of `mask.data` or numpy. Where
+    nobody counts, the bytes are compared: of inference tensors, and of masks that reach an op through torch's
+    dispatcher, unless `trust_version` was told of them.
 
     Args:
         mask: bool, True = kept.
@@ -134,6 +141,31 @@ def layout_of(mask: Tensor) -> SparseLayout:
         layouts.clear()
     layout = layouts[key] = SparseLayout(mask, {} if layout is None else layout.last)
     return layout
+
+
+def trust_version(mask: Tensor) -> None:
+    """Promise that all who write to the mask's memory count it as a change of the mask.
+
+    The memory of a tensor that compiled code makes is used for others after it, and no counter tells. So a mask that an
+    op gets through the dispatcher might be of that kind, and is compared; one that outlives calls need not be.
+    """
+    if type(mask) is Tensor:
+        mask.untyped_storage().__dict__[_TRUSTED] = True
+
+
+@contextmanager
+def through_dispatcher() -> Iterator[None]:
+    """Within it, in this thread, masks may be of compiled code."""
+    before = getattr(_thread, "dispatched", False)
+    _thread.dispatched = True
+    try:
+        yield
+    finally:
+        _thread.dispatched = before
+
+
+def _counts_changes(mask: Tensor) -> bool:
+    return not getattr(_thread, "dispatched", False) or _TRUSTED in mask.untyped_storage().__dict__
 
 
 def known_layout(mask: Tensor) -> SparseLayout | None:

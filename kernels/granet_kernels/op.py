@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch.autograd import Function
 
 from granet_kernels.eager import is_eager
+from granet_kernels.layout import through_dispatcher
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -59,7 +61,7 @@ class Op:
         """Decorates what computes it on devices of a type: "cpu" or "cuda"."""
 
         def register(kernel: Kernel) -> Kernel:
-            self._op.register_kernel(device)(kernel)
+            self._op.register_kernel(device)(_dispatched(kernel))
             self._kernels[device] = kernel
             return kernel
 
@@ -115,6 +117,17 @@ def _refuse_jvp(name: str) -> None:
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp:
         raise NotImplementedError(f"{name}: expected reverse-mode differentiation, got torch.func.jvp")
+
+
+def _dispatched(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel as the dispatcher calls it."""
+
+    @wraps(kernel)
+    def run(*operands: Any) -> Any:
+        with through_dispatcher():
+            return kernel(*operands)
+
+    return run
 
 
 def _function(op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> type[Function]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import shutil
 import threading
 import weakref
 
@@ -14,7 +15,15 @@ import torch
 import granet_kernels
 from granet_kernels import plan
 from granet_kernels.cpu_backend import library
-from granet_kernels.layout import EMPTY_BUCKET, bucket_of, density_of, known_layout, layout_of
+from granet_kernels.layout import (
+    EMPTY_BUCKET,
+    bucket_of,
+    density_of,
+    known_layout,
+    layout_of,
+    through_dispatcher,
+    trust_version,
+)
 
 needs_library = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
 
@@ -54,6 +63,49 @@ def test_found_again_until_the_mask_is_changed_in_place(random_mask):
     with torch.inference_mode():
         mask.fill_(True)
     assert layout_of(mask).nnz == 30
+
+
+def changed_uncounted(mask):
+    """The mask, with its first rows swapped by somebody whom autograd does not know."""
+    version, values = mask._version, mask.numpy()
+    values[[0, 1]] = values[[1, 0]]
+    assert mask._version == version
+    return mask
+
+
+def test_the_dispatcher_trusts_nobody(random_mask):
+    mask, x, weight = random_mask((6, 50), 0.5), torch.randn(4, 50), torch.randn(6, 50)
+    with plan.use("native"):
+        for _ in range(2):
+            y = torch.ops.granet.linear(x, weight, changed_uncounted(mask), None, None)
+            torch.testing.assert_close(y, x @ (weight * mask).t())
+            y = granet_kernels.linear(x, weight, changed_uncounted(mask))  # it was found out once
+            torch.testing.assert_close(y, x @ (weight * mask).t())
+
+
+def test_a_trusted_mask_is_not_compared(random_mask, monkeypatch):
+    mask = random_mask((6, 50), 0.5)
+    trust_version(mask)
+    monkeypatch.setattr(torch, "equal", None)
+    with through_dispatcher():
+        layout = layout_of(mask)
+        assert layout_of(mask.detach()) is layout
+        mask[0] = True
+        assert layout_of(mask) is not layout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler for inductor")
+def test_compiled_code_uses_memory_again():
+    """The second mask takes the place of the first, which is dead by then, and no counter tells."""
+
+    def network(x, first, second):
+        return granet_kernels.linear(granet_kernels.linear(x, first, first > 0), second, second > 0)
+
+    x, *weights = torch.randn(40, 64), torch.randn(64, 64), torch.randn(64, 64)
+    with torch.no_grad(), plan.use("native"):
+        expected = network(x, *weights)
+        y = torch.compile(network, fullgraph=True)(x, *weights)
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
