@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # from torch 2.8 on
 _PLAIN = frozenset({torch.Size, tuple, list, int, float, bool, type(None)})
 
 
 def is_eager(*operands: Any) -> bool:
     """Whether none of these is at work: compile, export, jit.trace, torch.func, forward-mode derivatives, a mode that
-    sees every op, or an operand that is no plain tensor or number (a subclass of Tensor, a proxy, a symbol)."""
+    sees every op, or an operand that is no plain tensor or number (a subclass of Tensor, a proxy, a symbol, the
+    gradients that torch.autograd.grad(is_grads_batched=True) hands to backward passes)."""
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -25,13 +30,20 @@ def is_eager(*operands: Any) -> bool:
         return False
     for operand in operands:
         if type(operand) in _TENSORS:
-            if operand.is_neg():  # memory holds the negated values: the dispatcher's work
+            # Memory holds the negated values, or there is none: the dispatcher's work.
+            if operand.is_neg() or torch._C._functorch.is_legacy_batchedtensor(operand):
                 return False
         elif type(operand) not in _PLAIN:
             return False
     return True
 
 
-def is_batch_of_gradients(grad: Tensor) -> bool:
-    """Whether it is what torch.autograd.grad(is_grads_batched=True) hands to backward passes: no mode tells of it."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+def packs_saved_tensors() -> bool:
+    """Whether somebody takes what autograd saves: torch.utils.checkpoint, say, which expects as many of the same shapes
+    of a forward pass and of its repetition."""
+    if _top_hooks is not None:
+        return _top_hooks(True) is not None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 from granet_kernels import plan
 from granet_kernels.cpu_backend import dense, formats
 from granet_kernels.cpu_backend.calls import Call, find_call
+from granet_kernels.eager import is_eager, packs_saved_tensors
 from granet_kernels.layout import layout_of
 from granet_kernels.reference import image_format
 from granet_kernels.triton_backend import support
@@ -67,6 +68,8 @@ class _Masked(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if ctx.dense_wgrad is not None and ctx.dense_wgrad:
             return grad, None, None, None
+        if not is_eager(grad):
+            return torch.where(mask, grad, 0), None, None, None
         if torch.is_grad_enabled():
             return _Masked.apply(grad, mask, ctx.bits, None), None, None, None
         return dense.masked(grad, mask, bits=ctx.bits), None, None, None
@@ -87,7 +90,8 @@ def _weight(
         return None
     if not is_cpu:
         return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
-    if plan.mode() == plan.NATIVE:
+    # What is saved here and by the op differs, and a measured plan takes turns.
+    if plan.mode() == plan.NATIVE or packs_saved_tensors():
         return None
     layout = layout_of(mask)
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()

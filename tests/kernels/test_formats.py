@@ -139,7 +139,7 @@ SAVED = {
     "channels-last": (lambda t: t.detach(), lambda t: t.contiguous(**LAST)),
     "float64": (lambda t: t.double(), lambda t: t),
     "bfloat16": (lambda t: t.bfloat16(), lambda t: t),
-    "negative": (lambda t: t.detach(), lambda t: torch._neg_view(-t)),
+    "negative": (lambda t: t.detach(), lambda t: torch._neg_view(-t) if t.is_floating_point() else t),
 }
 
 
@@ -209,6 +209,17 @@ def test_batches_of_gradients(random_mask, converting):
     expected = results(x, weight, bias, mask, grad, geometry)[1:]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, torch.stack([b, 2 * b]), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_one_pixel_may_be_changed_in_place(density, random_mask, converting):
+    """As LeNet's last convolution has it, with nn.ReLU(inplace=True) behind."""
+    mask = random_mask((24, 16, 5, 5), density)
+    x, weight = torch.randn(6, 16, 5, 5), torch.randn(mask.shape, requires_grad=True)
+    y = torch.relu_(conv2d(x, weight, mask))
+    torch.testing.assert_close(y, F.conv2d(x, weight.where(mask, 0)).relu(), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert converting
 
 
 def test_an_input_that_was_changed_is_refused(random_mask, converting):

@@ -7,6 +7,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import granet_kernels
+from granet_kernels import plan
 from granet_kernels.conv2d import conv2d_dgrad_op, conv2d_op, conv2d_wgrad_op
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 from granet_kernels.norm import norm_op
@@ -167,6 +169,33 @@ def test_saved_tensors_can_be_packed():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
         linear_op(x, weight, where, bias, None)
     assert packed == [x.shape, weight.shape, where.shape]
+
+
+BATCHED = {
+    "linear": lambda: (leaf32(7, 5), leaf32(3, 5), mask(3, 5), leaf32(3)),
+    "conv2d": lambda: (leaf32(2, 3, 7, 6), leaf32(4, 3, 3, 2), mask(4, 3, 3, 2), leaf32(4), *GEOMETRY),
+    "norm": lambda: (leaf32(2, 3, 4, 5), leaf32(3), leaf32(3), leaf32(2, 3, 4, 5), 1e-5, True),
+    "max_pool": lambda: (leaf32(2, 3, 4, 5),),
+}
+
+
+def leaf32(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+@pytest.mark.parametrize("mode", ["native", "dense"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches_of_gradients(name, mode):
+    operands = BATCHED[name]()
+    leaves = [operand for operand in operands if isinstance(operand, torch.Tensor) and operand.requires_grad]
+    with plan.use(mode):
+        y = getattr(granet_kernels, name)(*operands)
+        y = y[0] if name == "norm" else y
+        grads = torch.randn(3, *y.shape)
+        batch = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
+    for together, alone in zip(batch, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(alone))
 
 
 def test_another_kernel_for_a_while():

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from granet_kernels import conv2d, linear, plain, plan
@@ -224,6 +225,24 @@ def test_a_measured_plan_learns_from_ops_first(random_mask):
         for _ in range(64):
             linear(x, weight, mask)
         assert len(calls) == 2  # now and then it looks again
+        plan.clear()
+
+
+@pytest.mark.skipif(library.load() is None, reason="no native library")
+@pytest.mark.parametrize("density", [0.9, 1.0])
+def test_checkpoints_take_one_way(density, random_mask):
+    """Forward passes are repeated, and have to save what they saved, though now and then the plan looks again."""
+    mask = random_mask((64, 64), density)
+    x, weight, _ = operands(mask, torch.float32, (64, 64))
+    grad = torch.randn(64, 64)
+    (expected,) = torch.autograd.grad(linear(x, weight, mask), x, grad)
+    with plan.use("measured"):
+        plan.clear()
+        for site in _sites(x, weight, mask):
+            site.choices[layout_of(mask).bucket] = "dense"
+        for _ in range(130):
+            y = checkpoint(linear, x, weight, mask, use_reentrant=False)
+            torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected)
         plan.clear()
 
 

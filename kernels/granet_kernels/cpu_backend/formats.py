@@ -17,7 +17,7 @@ from torch import Tensor
 from granet_kernels import plan
 from granet_kernels.cpu_backend import library, memory
 from granet_kernels.cpu_backend.calls import Call
-from granet_kernels.eager import is_batch_of_gradients, is_eager
+from granet_kernels.eager import is_eager
 from granet_kernels.plan_times import Turns
 
 Geometry = Sequence[Any]  # stride, padding, dilation, groups
@@ -86,7 +86,7 @@ class _Conv2d(torch.autograd.Function):
         if not any(wanted):
             return None, None, bias_grad, None, None
         # torch's own is differentiable, and has rules for all that torch does.
-        if torch.is_grad_enabled() or not is_eager(grad, x, weight) or is_batch_of_gradients(grad):
+        if torch.is_grad_enabled() or not is_eager(grad, x, weight):
             x_grad, w_grad, _ = _convolution_backward(grad, x, weight, ctx.geometry, (*wanted, False))
         else:
             x_grad, w_grad = backward(ctx.call, BACKWARD, grad, x, weight, ctx.geometry, wanted)
@@ -108,9 +108,9 @@ def to_nchw(images: Tensor) -> Tensor:
     n, c, h, w = images.shape
     if not images.is_contiguous(memory_format=torch.channels_last):
         return images.contiguous()
-    if h * w == 1 or c == 1:
-        return images.as_strided(images.shape, (c * h * w, h * w, w, 1))
     result = memory.empty(images.shape)
+    if h * w == 1 or c == 1:  # a view would do, but not as the result of an autograd Function: relu_ refuses it
+        return result.copy_(images)
     _transpose(n, h * w, c, images, result)
     return result
 
