@@ -40,17 +40,25 @@ class Sparsifier:
             optimizer (SAM, Lookahead), give the inner one.
         method: what to prune and grow, and when, e.g. `granet.methods.GraNet(...)`.
         seed: of the random choices (start, random growth); give every rank the same.
+        state: what `state_dict` gave, to go on from there instead of drawing a start. The states of the model and the
+            optimizer may be loaded before or after.
 
     Attributes:
         layers: the sparse weights, in the order of the model.
 
     Raises:
         ValueError: no sparse layer; an optimizer that does not hold one of them; a time or count that does not fit the
-            run; a layer that another Sparsifier holds or that the method cannot mask. Nothing is changed then.
+            run; a layer that another Sparsifier holds or that the method cannot mask; a state that `load_state_dict`
+            would refuse. Nothing is changed then.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], method: Method, seed: int = 0
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        method: Method,
+        seed: int = 0,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.method = method
@@ -59,10 +67,12 @@ class Sparsifier:
         self._check()
         method.check_times()
         self._generator = torch.Generator().manual_seed(seed)
-        start = self._start()
-
         self._step = 0
-        self.explored = torch.zeros_like(start.kept) if method.records_exploration else None
+        units = torch.ones(sum(layer.units for layer in self.layers), dtype=torch.bool, device=self._device)
+        self.explored = torch.zeros_like(units) if method.records_exploration else None
+        loaded = None if state is None else sparsifier_state.unpack(self, state)
+        start = self._start(units) if loaded is None else Topology(self.layers, loaded.kept, self._generator)
+
         self._owners = {layer.name: self._optimizer_of(layer) for layer in self.layers}
         owned = [(layer, self._owners[layer.name]) for layer in self.layers]
         dense_wgrad = torch.zeros((), dtype=torch.bool, device="cpu")
@@ -73,8 +83,14 @@ class Sparsifier:
             self._guard.check_state()  # the last thing that can be refused
         for layer in self.layers:
             layer.owner.bind(torch.ones_like(layer.weight, dtype=torch.bool), dense_wgrad)
-        self._apply(start)
-        self._tap.ask(method.needs_gradient(1))
+        if loaded is None:
+            self._apply(start)
+            self._warn_of_empty(self.layers, "starts without a unit", stacklevel=3)
+        else:
+            self._take(loaded, start)
+        # Whether somebody has written to the weights since.
+        self._versions = [layer.weight._version for layer in self.layers]
+        self._tap.ask(method.needs_gradient(self._step + 1))
         self._handles = [each.register_step_pre_hook(self._before_step) for each in self.optimizers]
         self._handles += [each.register_step_post_hook(self._after_step) for each in self.optimizers]
         self._handles += [each.register_load_state_dict_post_hook(self._after_load) for each in self.optimizers]
@@ -136,8 +152,11 @@ class Sparsifier:
 
     def kept(self) -> Tensor:
         """(units,) bool: the units kept, all layers in one flat buffer."""
-        device = self.layers[0].weight.device
-        return torch.cat([layer.granularity.contract(layer.mask).to(device) for layer in self.layers])
+        return torch.cat([layer.granularity.contract(layer.mask).to(self._device) for layer in self.layers])
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].weight.device
 
     def table(self) -> list[dict[str, Any]]:
         """One row a layer: name, shape, granularity, nnz, numel, sparsity, implementation."""
@@ -153,19 +172,32 @@ class Sparsifier:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was taken. Weights off the loaded masks become 0.
 
+        Load the states of the model and the optimizer first, but after this Sparsifier was made: making it set the
+        weights off its start to 0. Where that is not the order, give the constructor the state.
+
         Raises:
             ValueError: another method or setting, other layers, shapes or granularities, or a damaged mask. Nothing is
                 changed then.
         """
         loaded = sparsifier_state.unpack(self, state)
+        untouched = self._versions == [layer.weight._version for layer in self.layers]
+        if self.method.zeroing and untouched and bool((loaded.kept & ~self.kept()).any()):
+            warnings.warn(
+                "the state keeps weights that were set to 0 when this Sparsifier was made, and none has been written "
+                "since: load the model and the optimizer after making it, or make it with Sparsifier(..., state=state)",
+                stacklevel=2,
+            )
+        self._take(loaded, Topology(self.layers, loaded.kept, self._generator))
+        self._tap.ask(self.method.needs_gradient(self._step + 1))
+
+    def _take(self, loaded: sparsifier_state.Loaded, topology: Topology) -> None:
         self._generator.set_state(loaded.generator)
         self.explored = loaded.explored
         # The optimizer's own state_dict holds the state of the kept weights, and nothing else is in it.
-        self._apply(Topology(self.layers, loaded.kept, self._generator), reset_state=False)
+        self._apply(topology, reset_state=False)
         if self._guard is not None:
             self._guard.check_next()
         self._step = loaded.step
-        self._tap.ask(self.method.needs_gradient(self._step + 1))
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The model's state_dict with every weight off the mask 0, for a dense model of the same architecture."""
@@ -188,7 +220,10 @@ class Sparsifier:
             layer.owner.unbind()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsifier:
-        raise TypeError("a Sparsifier holds hooks of one optimizer: copy the model, make a new one and load_state_dict")
+        raise TypeError(
+            "a Sparsifier holds hooks of one optimizer: copy the model, make a new optimizer and a new Sparsifier with "
+            "state=state_dict()"
+        )
 
     def _check(self) -> None:
         if not isinstance(self.method, Method):
@@ -216,9 +251,7 @@ class Sparsifier:
                 f"an optimizer ({type(idle[0]).__name__}) holds no sparse weight of the model: leave it out"
             )
 
-    def _start(self) -> Topology:
-        units = sum(layer.units for layer in self.layers)
-        kept = torch.ones(units, dtype=torch.bool, device=self.layers[0].weight.device)
+    def _start(self, kept: Tensor) -> Topology:
         topology = Topology(self.layers, kept, self._generator)
         counts = self.method.start_counts(self.layers)
         if counts != [layer.units for layer in self.layers]:
@@ -262,12 +295,12 @@ class Sparsifier:
             topology = Topology(self.layers, self.kept(), self._generator, self._tap.growth, self._tap.has_gradient)
             self.method.update(topology, self._step)
             self._apply(topology)
-        for layer in alive:
+        self._warn_of_empty(alive, f"has lost all its units at step {self._step}", stacklevel=7)
+
+    def _warn_of_empty(self, layers: Sequence[Layer], what: str, stacklevel: int) -> None:
+        for layer in layers:
             if layer.kept == 0:
-                warnings.warn(
-                    f"layer '{layer.name}' has lost all its units at step {self._step}: nothing passes it any more",
-                    stacklevel=6,
-                )
+                warnings.warn(f"layer '{layer.name}' {what}: nothing passes it", stacklevel=stacklevel)
 
     def _update_at_once(self) -> bool:
         """Whether one op could do the whole update, and has."""

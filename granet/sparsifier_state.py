@@ -96,10 +96,10 @@ def unpack(sparsifier: Sparsifier, state: dict[str, Any]) -> Loaded:
         if explored is None:
             raise ValueError(f"expected the units that {sparsifier.method.name} has explored, got none")
         explored = unpack_bits(explored, kept.numel()).to(sparsifier.explored.device)
-    generator = state["generator"]
+    generator = state["generator"].cpu()  # torch.load(map_location=) moves it, too
     try:
         torch.Generator().set_state(generator)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"expected the random state of a generator: {error}; the Sparsifier state is damaged"
         ) from None

@@ -15,11 +15,15 @@ from granet_kernels import plan
 from granet_kernels.cpu_backend import library
 
 
-def make(method, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), seed=0, **sparsify):
+def make_model(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), **sparsify):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4))
     granet.sparsify(model, **sparsify)
-    optimizer = optimizer(model.parameters())
+    return model, optimizer(model.parameters())
+
+
+def make(method, *args, seed=0, **kwargs):
+    model, optimizer = make_model(*args, **kwargs)
     return model, optimizer, granet.Sparsifier(model, optimizer, method, seed=seed)
 
 
@@ -50,7 +54,7 @@ def gradual(**settings):
     return GraNet(**{"sparsity": 0.9, "initial_sparsity": 0.5, "update_every": 4, "total_steps": 40} | settings)
 
 
-@pytest.mark.filterwarnings("ignore:layer .* has lost all its units")
+@pytest.mark.filterwarnings("ignore:layer .* (has lost all its units|starts without a unit)")
 @settings(max_examples=25, deadline=None)
 @given(
     sparsity=st.floats(0.0, 0.99),
@@ -496,6 +500,63 @@ def test_the_state_survives_a_file_and_continues_bit_for_bit():
         assert sparsifier.state_dict()["layers"].keys() == sparsifier2.state_dict()["layers"].keys()
 
 
+@pytest.mark.parametrize("loads_first", [True, False])
+@pytest.mark.parametrize(
+    "method", [gradual(), RigL(update_every=3, total_steps=40), ITOP(update_every=3, total_steps=40)], ids=str
+)
+def test_a_sparsifier_made_from_a_state_goes_on(method, loads_first):
+    model, optimizer, sparsifier = make(method)
+    train(model, optimizer, 9)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), sparsifier.state_dict()])
+    train(model, optimizer, 9, first=9)
+
+    again, optimizer2 = make_model()
+    with torch.no_grad():
+        again[4].weight.add_(1)
+    if not loads_first:
+        sparsifier2 = granet.Sparsifier(again, optimizer2, method, seed=5, state=saved[2])
+    again.load_state_dict(saved[0])
+    optimizer2.load_state_dict(saved[1])
+    if loads_first:
+        sparsifier2 = granet.Sparsifier(again, optimizer2, method, seed=5, state=saved[2])
+    assert sparsifier2.step == 9
+    train(again, optimizer2, 9, first=9)
+    assert same(masks(sparsifier), masks(sparsifier2))
+    assert same(model.state_dict().values(), again.state_dict().values())
+    if method.records_exploration:
+        assert torch.equal(sparsifier.explored, sparsifier2.explored)
+
+
+def test_a_state_that_comes_too_late_for_the_weights_is_warned_of():
+    method = RigL(update_every=3, total_steps=40)
+    model, optimizer, sparsifier = make(method)
+    train(model, optimizer, 10)
+    again, optimizer2 = make_model()
+    again.load_state_dict(model.state_dict())
+    late = granet.Sparsifier(again, optimizer2, method)  # its start cuts weights that were trained
+    with pytest.warns(UserWarning, match="load the model and the optimizer after making it"):
+        late.load_state_dict(sparsifier.state_dict())
+    again.load_state_dict(model.state_dict())
+    late.load_state_dict(sparsifier.state_dict())
+
+
+def test_a_state_that_does_not_fit_makes_no_sparsifier():
+    state = make(gradual())[2].state_dict()
+    model, optimizer = make_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="expected the state of method RigL, got one of GraNet"):
+        granet.Sparsifier(model, optimizer, RigL(update_every=3, total_steps=40), state=state)
+    assert same(model.state_dict().values(), before.values())
+    assert model[4].mask is None
+
+
+def test_layers_that_start_without_a_unit_are_named():
+    model = granet.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), granularity="filter")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="layer '2' starts without a unit: nothing passes it"):
+        granet.Sparsifier(model, optimizer, Static(sparsity=0.95, distribution="uniform", total_steps=1))
+
+
 def test_masks_are_packed_to_bits():
     _, _, sparsifier = make(gradual())
     sizes = {name: layer["mask"].numel() for name, layer in sparsifier.state_dict()["layers"].items()}
@@ -525,6 +586,7 @@ def other_mask(change):
         (damaged(layers=None), "the Sparsifier state has a NoneType as layers: it is damaged"),
         (damaged(settings=None), "the Sparsifier state has a NoneType as settings: it is damaged"),
         (damaged(generator=torch.zeros(3, dtype=torch.uint8)), "expected the random state of a generator"),
+        (damaged(generator=torch.zeros(5056, dtype=torch.int16)), "expected the random state of a generator"),
         (other_mask(lambda la: la.pop("kept")), "layer '4' in the Sparsifier state lacks kept"),
         (other_mask(lambda la: la.update(mask=[1])), "layer '4' in the Sparsifier state has a list as mask"),
         (damaged(settings={"sparsity": 0.8}), "sparsity is 0.9 here and 0.8 in the state"),
@@ -574,7 +636,7 @@ def test_a_model_without_sparse_layers_or_bound_already_is_refused():
         granet.Sparsifier(model, optimizer, GraNet)
     with pytest.raises(ValueError, match="layer '0' is bound to a Sparsifier already"):
         granet.Sparsifier(model, optimizer, gradual())
-    with pytest.raises(TypeError, match="copy the model, make a new one"):
+    with pytest.raises(TypeError, match="copy the model, make a new optimizer"):
         copy.deepcopy(sparsifier)
 
 
@@ -631,8 +693,7 @@ def test_exploration_is_the_share_of_units_ever_kept():
     assert sparsifier.exploration == pytest.approx(float(ever.float().mean()))
     assert sparsifier.exploration > 0.25
     state = sparsifier.state_dict()
-    model, optimizer, again = make(ITOP(sparsity=0.8, update_every=2, total_steps=20))
-    again.load_state_dict(state)
+    again = granet.Sparsifier(*make_model(), ITOP(sparsity=0.8, update_every=2, total_steps=20), state=state)
     assert again.exploration == sparsifier.exploration
     with pytest.raises(ValueError, match="exploration is recorded by ITOP only"):
         make(gradual())[2].exploration  # noqa: B018

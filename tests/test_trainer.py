@@ -102,7 +102,7 @@ def test_best_is_sought_at_the_final_sparsity_only(finished):
     assert summary["best_validation_accuracy"] >= rows[0]["validation_accuracy"]
 
 
-@pytest.mark.filterwarnings("ignore:layer .* has lost all its units")
+@pytest.mark.filterwarnings("ignore:layer .* (has lost all its units|starts without a unit)")
 def test_best_ignores_denser_epochs(tmp_path):
     method = GraNet(initial_sparsity=0.0, sparsity=0.98, update_every=2, prune_until=1.0)
     assert train(small_config(method=method), tmp_path / "run")["best_epoch"] == 2
