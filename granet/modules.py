@@ -44,6 +44,11 @@ class SparseLayer(nn.Module):
         self.mask = None
         self.dense_wgrad = None
 
+    def _mask_beside(self, weight: Tensor) -> Tensor | None:
+        """The mask, on the weight's device: the replicas of nn.DataParallel share one."""
+        mask = self.mask
+        return mask if mask is None or mask.device == weight.device else mask.to(weight.device)
+
     # The mask is not a buffer: DDP would broadcast it at every forward, and an averaged copy of the model (EMA) would
     # average it. So it has to follow the module's .to() by itself.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -80,10 +85,11 @@ class SparseLinear(SparseLayer, nn.Linear):
         _make_sparse(self, parse(granularity))
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.mask is None:
+        mask = self._mask_beside(self.weight)
+        if mask is None:
             return F.linear(input, self.weight, self.bias)
         input, weight, bias = _autocast(input, self.weight, self.bias)
-        return granet_kernels.linear(input, weight, self.mask, bias, self.dense_wgrad)
+        return granet_kernels.linear(input, weight, mask, bias, self.dense_wgrad)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, granularity={self.granularity}"
@@ -103,7 +109,8 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
         _make_sparse(self, parse(granularity))
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.mask is None:
+        mask = self._mask_beside(weight)
+        if mask is None:
             return super()._conv_forward(input, weight, bias)
         input, weight, bias = _autocast(input, weight, bias)
         padding = self.padding
@@ -111,7 +118,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         return granet_kernels.conv2d(
-            input, weight, self.mask, bias, self.stride, padding, self.dilation, self.groups, self.dense_wgrad
+            input, weight, mask, bias, self.stride, padding, self.dilation, self.groups, self.dense_wgrad
         )
 
     def extra_repr(self) -> str:

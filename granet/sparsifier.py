@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from granet import report, sparsifier_state
+from granet import refusal, report, sparsifier_state
 from granet.convert import sparse_weights
 from granet.gradients import GradientTap
 from granet.guard import OffMaskGuard
 from granet.mask_update import update_at_once
-from granet.masked import MaskedParameter
 from granet.methods import Method
 from granet.nesting import StepNesting
 from granet.optimizer_state import StateReset, group_of
@@ -62,9 +61,9 @@ class Sparsifier:
     ) -> None:
         self.model = model
         self.method = method
-        self.optimizers = _checked_optimizers(optimizer)
+        self.optimizers = refusal.checked_optimizers(optimizer)
         self.layers = [Layer(name, owner) for name, owner in sparse_weights(model).items()]
-        self._check()
+        refusal.check(model, self.layers, self.optimizers, method)
         method.check_times()
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
@@ -225,32 +224,6 @@ class Sparsifier:
             "state=state_dict()"
         )
 
-    def _check(self) -> None:
-        if not isinstance(self.method, Method):
-            raise ValueError(f"expected a method such as granet.methods.GraNet(...), got {self.method!r}")
-        if not self.layers:
-            raise ValueError(
-                "no layer to sparsify: expected a model that went through granet.sparsify, got none sparse"
-            )
-        for layer in self.layers:
-            if layer.owner.mask is not None:
-                raise ValueError(f"layer '{layer.name}' is bound to a Sparsifier already: call its remove() first")
-            if all(group_of(each, layer.weight) is None for each in self.optimizers):
-                raise ValueError(
-                    f"the optimizer does not hold the weight of layer '{layer.name}': expected one made from this "
-                    "model's parameters()"
-                )
-            if not self.method.zeroing and isinstance(layer.owner, MaskedParameter):
-                raise ValueError(
-                    f"layer '{layer.name}': {self.method.name} keeps values off the mask, which only nn.Linear and "
-                    "nn.Conv2d can leave out; exclude this layer"
-                )
-        idle = [each for each in self.optimizers if all(group_of(each, la.weight) is None for la in self.layers)]
-        if idle:
-            raise ValueError(
-                f"an optimizer ({type(idle[0]).__name__}) holds no sparse weight of the model: leave it out"
-            )
-
     def _start(self, kept: Tensor) -> Topology:
         topology = Topology(self.layers, kept, self._generator)
         counts = self.method.start_counts(self.layers)
@@ -324,11 +297,3 @@ class Sparsifier:
                     reset(self._owners[layer.name], layer.weight, restart)
         if self.explored is not None:
             self.explored |= topology.kept.to(self.explored.device)
-
-
-def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-        got = ", ".join(type(each).__name__ for each in optimizers) or "none"
-        raise ValueError(f"expected a torch.optim.Optimizer or a list of them, got {got}")
-    return optimizers

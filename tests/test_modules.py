@@ -42,6 +42,14 @@ def test_compiled_code_need_not_compare_masks(monkeypatch):
         layer.type(torch.float64)
 
 
+@pytest.mark.parametrize(("layer", "shape"), [(SparseLinear(5, 3), (2, 5)), (SparseConv2d(5, 3, 1), (2, 5, 4, 4))])
+def test_a_replica_on_another_device_finds_its_mask(layer, shape):
+    bind(layer)
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight.to("meta"), layer.bias.to("meta")
+    assert replica(torch.empty(shape, device="meta")).shape == layer(torch.randn(shape)).shape
+
+
 def results(layer, x):
     """Output and gradients of one pass."""
     layer.zero_grad()

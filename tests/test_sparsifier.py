@@ -614,6 +614,22 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(damage, mes
     assert sparsifier.step == 5
 
 
+@pytest.mark.filterwarnings("ignore:.*enable_nested_tensor:UserWarning")
+def test_the_fast_path_of_an_encoder_does_not_meet_stored_values():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    granet.sparsify(layer, exclude=["self_attn"])
+    optimizer, settings = torch.optim.SGD(layer.parameters(), lr=0.1), {"update_every": 1, "prune_until": 1}
+    with pytest.raises(ValueError, match=r"layer 'linear1': GMP keeps values off the mask, which the fast path of"):
+        granet.Sparsifier(layer, optimizer, GMP(form="mask", sparsity=0.9, total_steps=3, **settings))
+    granet.Sparsifier(layer, optimizer, GMP(sparsity=0.5, total_steps=3, **settings))
+    x = torch.randn(2, 3, 8)
+    layer(x).sum().backward()
+    optimizer.step()
+    slow = layer.eval()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), slow)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     model = granet.sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="the optimizer does not hold the weight of layer '1'"):
