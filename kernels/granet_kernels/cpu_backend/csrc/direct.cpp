@@ -12,7 +12,7 @@
 namespace granet {
 namespace {
 
-// Of an image's channel; with fewer, a panel of images fills the registers better.
+// Of an image's channel; with fewer, a panel of images fills the registers better, if it packs no pixel for nothing.
 constexpr int64_t MIN_VECTORS = 4;
 constexpr int64_t MAX_COPY = int64_t(4) << 20;  // bytes of an image's pixels that count
 
@@ -137,10 +137,11 @@ void run_tile(const DirectPass& p, const Tile& tile, int64_t image, int64_t j, i
 
 bool direct_applies(const KernelSet& k, const granet_conv& c, const int64_t x[4], const int64_t y[4]) {
     const int64_t pixels = c.out_h * c.out_w, farthest = std::max({x[1], y[1], pixels});
+    const bool reads_all = pixels == c.h * c.w;
     return c.kh == 1 && c.kw == 1 && c.pad_h == 0 && c.pad_w == 0 && pixels % k.lanes == 0 &&
-           pixels / k.lanes >= MIN_VECTORS && rows_follow(x, c.h, c.w) && rows_follow(y, c.out_h, c.out_w) &&
-           std::min(x[1], y[1]) >= 0 && c.h * c.w <= INT32_MAX &&
-           (pixels == c.h * c.w || c.in * pixels * int64_t(sizeof(float)) <= MAX_COPY) &&
+           pixels / k.lanes >= (reads_all ? MIN_VECTORS : 1) && rows_follow(x, c.h, c.w) &&
+           rows_follow(y, c.out_h, c.out_w) && std::min(x[1], y[1]) >= 0 && c.h * c.w <= INT32_MAX &&
+           (reads_all || c.in * pixels * int64_t(sizeof(float)) <= MAX_COPY) &&
            std::max(c.in, c.out) * farthest * int64_t(sizeof(float)) <= INT32_MAX;
 }
 
