@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from granet_kernels.cpu_backend import library
+from granet_kernels import plan
+from granet_kernels.cpu_backend import library, memory
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,18 @@ def compiled_once() -> Iterator[Callable[..., Any]]:
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def natively_with_nan_in_new_memory() -> Iterator[None]:
+    """Native code runs, what it does not write is NaN, and the number of threads is what it was afterwards."""
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    memory.empty((1 << 22,)).fill_(torch.nan)  # what the kernels work in, too
+    with plan.use("native"):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

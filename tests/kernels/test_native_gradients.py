@@ -11,13 +11,16 @@ from torch.nn.grad import conv2d_weight
 import granet_kernels
 from granet_kernels import plan
 from granet_kernels.conv2d import conv2d_op
-from granet_kernels.cpu_backend import library, memory
+from granet_kernels.cpu_backend import library
 from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.layout import layout_of
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 
 OPS = torch.ops.granet
-pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+pytestmark = [
+    pytest.mark.skipif(library.unavailable() is not None, reason="no native library"),
+    pytest.mark.usefixtures("natively_with_nan_in_new_memory"),
+]
 # name: (images, channels, side, kernel, whether the gradients read the incoming one once at 98 %, by 2 and 3 threads).
 MANY = {
     "whole images of 4x4": (70, 64, 4, 3, (True, False)),
@@ -28,17 +31,6 @@ MANY = {
     "several bands": (2, 20, 130, 3, (False, False)),
 }
 GEOMETRY = (1, 1), (0, 0), (1, 1), 1
-
-
-@pytest.fixture(autouse=True)
-def _native_and_nan_in_new_memory():
-    threads = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    memory.empty((1 << 22,)).fill_(torch.nan)  # what the kernels work in, too
-    with plan.use("native"):
-        yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def reads_once(grad, x, weight, mask, geometry):

@@ -7,12 +7,15 @@ import torch
 from cases import ISAS
 
 from granet_kernels import plan
-from granet_kernels.cpu_backend import library, memory
+from granet_kernels.cpu_backend import library
 from granet_kernels.layout import layout_of
 from granet_kernels.linear import linear_op
 
 OPS = torch.ops.granet
-pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+pytestmark = [
+    pytest.mark.skipif(library.unavailable() is not None, reason="no native library"),
+    pytest.mark.usefixtures("natively_with_nan_in_new_memory"),
+]
 
 # Several blocks of short rows, whatever the sizes of the CPU's caches.
 IMAGES, INPUTS, OUTPUTS = 128, 240, 235
@@ -22,17 +25,6 @@ CONVS = {
     "stride": ((3, 300, 8, 8), (100, 300, 1, 1), 2, 0, 0.22),
     "phases of the input gradient": ((3, 20, 8, 8), (150, 20, 3, 3), 2, 1, 0.15),
 }
-
-
-@pytest.fixture(autouse=True)
-def _native_and_nan_in_new_memory():
-    threads = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    memory.empty((1 << 22,)).fill_(torch.nan)  # what the kernels work in, too
-    with plan.use("native"):
-        yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def uneven_mask(rows, columns, share=0.22):

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from cases import ISAS
 from torch.nn.grad import conv2d_weight
 
-from granet_kernels import plan
 from granet_kernels.conv2d import conv2d_op
-from granet_kernels.cpu_backend import library, memory
+from granet_kernels.cpu_backend import library
 
 OPS = torch.ops.granet
-pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+pytestmark = [
+    pytest.mark.skipif(library.unavailable() is not None, reason="no native library"),
+    pytest.mark.usefixtures("natively_with_nan_in_new_memory"),
+]
 
 # x shape, outputs, stride; the output has as many pixels as fill vectors, but in the last two.
 SIZES = [
@@ -27,17 +29,6 @@ SIZES = [
     ((3, 20, 14, 14), 24, (2, 2)),
     ((2, 5, 9, 300), 4, (2, 300)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _native_and_nan_in_new_memory():
-    threads = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    memory.empty((1 << 22,)).fill_(torch.nan)  # what the kernels work in, too
-    with plan.use("native"):
-        yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def operands(mask, x_shape, stride):
