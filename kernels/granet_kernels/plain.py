@@ -23,7 +23,7 @@ from granet_kernels.reference import image_format
 from granet_kernels.triton_backend import support
 
 _MOST_FAN_IN = 32  # of a full layer that native code may win: it has a third of torch's time for images in RGB
-_MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts, and gain little
+_MOST_MASKED = 2**18  # weights of a convolution; directions of a larger one are better chosen one by one
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
@@ -58,21 +58,21 @@ class _Masked(torch.autograd.Function):
     """where(mask, values, 0), with the gradient of a sparse layer's weight."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor, bits: Tensor | None, dense_wgrad: Tensor | None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        ctx.bits, ctx.dense_wgrad = bits, dense_wgrad
-        return dense.masked(values, mask, bits=bits)
+        ctx.dense_wgrad = dense_wgrad
+        return dense.masked(values, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         if ctx.dense_wgrad is not None and ctx.dense_wgrad:
-            return grad, None, None, None
+            return grad, None, None
         if not is_eager(grad):
-            return torch.where(mask, grad, 0), None, None, None
+            return torch.where(mask, grad, 0), None, None
         if torch.is_grad_enabled():
-            return _Masked.apply(grad, mask, ctx.bits, None), None, None, None
-        return dense.masked(grad, mask, bits=ctx.bits), None, None, None
+            return _Masked.apply(grad, mask, None), None, None
+        return dense.as_gradient(grad, mask), None, None
 
 
 def _weight(
@@ -95,7 +95,7 @@ def _weight(
         return None
     layout = layout_of(mask)
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
-    if not full and layout.numel > _MOST_MASKED:
+    if op == "conv2d" and not full and layout.numel > _MOST_MASKED:
         return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
     if call is not None:
@@ -109,9 +109,7 @@ def _weight(
             plan.note(site, direction, layout, plan.DENSE)
     if full:
         return weight, call
-    integer = dense.INTEGER.get(weight.dtype)
-    bits = None if integer is None else layout.bits(mask, integer)
-    return _Masked.apply(weight, mask, bits, dense_wgrad), call
+    return _Masked.apply(weight, mask, dense_wgrad), call
 
 
 def _weight_on_gpu(
@@ -120,7 +118,7 @@ def _weight_on_gpu(
     """The masked weight where there are no sparse kernels. It reads the mask itself: a captured graph follows it."""
     if mask.numel() > _MOST_MASKED or (op == "linear" and support.is_available(x.device)):
         return None
-    return _Masked.apply(weight, mask, None, dense_wgrad), None
+    return _Masked.apply(weight, mask, dense_wgrad), None
 
 
 def _autocast_would_cast(x: Tensor, device: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _PROCESS = os.getpid()
 
@@ -80,6 +80,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "granet_pool_forward": (c_int, [*[c_int64] * 3, *[c_void_p] * 3, c_int]),
     "granet_pool_backward": (c_int, [*[c_int64] * 3, *[c_void_p] * 3, c_int]),
     "granet_transpose": (c_int, [*[c_int64] * 3, *[c_void_p] * 2, c_int]),
+    "granet_is_zero_off": (c_int, [c_int64, c_void_p, c_void_p, c_int]),
+    "granet_mask_values": (c_int, [c_int64, c_void_p, c_void_p, c_void_p, c_int]),
     "granet_topk_mask": (
         c_int,
         [c_int64, _Pointers, _Pointers, _Sizes, _Sizes, c_int, c_int, _Pointers, c_int],

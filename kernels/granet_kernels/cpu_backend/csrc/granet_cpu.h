@@ -10,7 +10,7 @@
 #define GRANET_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of what is declared here; the Python side refuses a library of another version.
-#define GRANET_ABI_VERSION 5
+#define GRANET_ABI_VERSION 6
 
 typedef enum { GRANET_OK = 0, GRANET_OUT_OF_MEMORY = 1, GRANET_UNSUPPORTED = 2 } granet_status;
 
@@ -83,6 +83,12 @@ GRANET_API int granet_norm_backward(const granet_norm* norm, const float* g, con
 // n matrices (rows, columns), one behind the other, transposed: to is (n, columns, rows). With rows = channels and
 // columns = pixels, images in NCHW become channels_last, and the other way round.
 GRANET_API int granet_transpose(int64_t n, int64_t rows, int64_t columns, const float* from, float* to, int threads);
+
+// `count` values and as many bytes of a mask, 1 = kept, that lie in memory in the same order. is_zero_off: 1 if all bits
+// of the values off the mask are 0, else 0. mask_values: to = mask ? values : 0; `to` may be the values.
+GRANET_API int granet_is_zero_off(int64_t count, const float* values, const unsigned char* mask, int threads);
+GRANET_API int granet_mask_values(int64_t count, const float* values, const unsigned char* mask, float* to,
+                                  int threads);
 
 // Max-pooling of 2 x 2 pixels with stride 2 over planes (planes, h, w), contiguous; an odd last row or column is left
 // out. which: the pixel of each output that was taken, 0 to 3 row by row; of equal ones the first; NaN is above all,

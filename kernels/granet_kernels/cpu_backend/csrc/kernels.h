@@ -127,6 +127,9 @@ struct KernelSet {
     void (*transpose)(const float* from, ptrdiff_t from_row, int64_t rows, int64_t columns, float* to, ptrdiff_t to_row,
                       bool stream);
     void (*fence)();  // after streaming: what was written is there for other threads
+    // Values and a mask of bytes, 1 = kept. is_zero_off: whether all bits off the mask are 0. to: may be the values.
+    bool (*is_zero_off)(const float* values, const unsigned char* mask, int64_t count);
+    void (*mask_values)(const float* values, const unsigned char* mask, int64_t count, float* to);
     void (*pool)(const float* x, int64_t h, int64_t w, float* y, unsigned char* which);
     void (*pool_gradient)(const float* g, const unsigned char* which, int64_t h, int64_t w, float* dx);
     double (*norm_sum)(const Channel&, const float* x);

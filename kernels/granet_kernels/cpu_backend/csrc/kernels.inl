@@ -1,11 +1,12 @@
 // The inner loops, compiled once for each instruction set. The including file sets the target and defines, in its own
-// namespace: Vec (a vector of LANES floats at any address), Four (of four), IntVec and ByteVec (as many int32_t and
-// unsigned char as Vec has floats), MAX_TILE and MAX_DOT (vectors in the largest tiles that leave registers for the
-// rest), SHARED (how many rows of four vectors do), and
+// namespace: Vec (a vector of LANES floats at any address), Four (of four), IntVec (as many int32_t as Vec has floats),
+// MAX_TILE and MAX_DOT (vectors in the largest tiles that leave registers for the rest), SHARED (how many rows of four
+// vectors do), and
 //   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0, or
 //       garbage in columns that do not exist
 //   store_first(vector, out, count): the first count floats
 //   STREAMS, store_past_cache(vector, out), fence(): whether and how a vector fills a cache line without reading it
+//   load_bytes(from), store_bytes(vector, to): LANES unsigned char as an IntVec, and back (compilers do it one by one)
 //   fused(a, b, c): a * b + c of vectors and of floats, rounded once where the instruction set can
 //   split_pairs(a, b, even, odd): every second of the 2 LANES floats of a and b; join_pairs: the way back
 //   sums4(a, b, c, d): the sums of four vectors, each by the same additions
@@ -285,6 +286,7 @@ void copy(const char* vectors, float* image, int64_t count, bool stream) {
 
 #include "norm.inl"
 #include "norm_rows.inl"
+#include "masked.inl"
 #include "pool.inl"
 #include "transpose.inl"
 
@@ -325,6 +327,8 @@ KernelSet make_set() {
     set.copy = copy;
     set.transpose = transpose_matrix;
     set.fence = fence;
+    set.is_zero_off = is_zero_off;
+    set.mask_values = mask_values;
     set.pool = pool;
     set.pool_gradient = pool_gradient;
     set.norm_sum = norm_sum;

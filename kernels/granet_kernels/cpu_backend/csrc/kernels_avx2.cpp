@@ -19,7 +19,6 @@ constexpr int LANES = 8, MAX_TILE = 12, MAX_DOT = 8, SHARED = 2;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(32)));
-typedef unsigned char ByteVec __attribute__((vector_size(8), aligned(1), may_alias));
 
 inline __m256i first(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -49,6 +48,15 @@ inline __attribute__((always_inline)) void transpose(const float* in, ptrdiff_t 
 inline void store_first(Vec vector, float* out, int count) { _mm256_maskstore_ps(out, first(count), (__m256)vector); }
 
 inline __m256 swap_middle(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+
+inline IntVec load_bytes(const unsigned char* from) {
+    return (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
+inline void store_bytes(IntVec vector, unsigned char* to) {
+    const __m256i v = (__m256i)vector;
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
+}
 
 inline Vec fused(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -19,7 +19,6 @@ constexpr int LANES = 16, MAX_TILE = 28, MAX_DOT = 24, SHARED = 4;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef unsigned char ByteVec __attribute__((vector_size(16), aligned(1), may_alias));
 
 inline __attribute__((always_inline)) void transpose(const float* in, ptrdiff_t stride, int rows, int columns,
                                                      Vec (&out)[LANES]) {
@@ -62,6 +61,13 @@ inline void store_first(Vec vector, float* out, int count) {
 
 inline void store_past_cache(Vec vector, float* out) { _mm512_stream_ps(out, (__m512)vector); }
 void fence() { _mm_sfence(); }
+
+inline IntVec load_bytes(const unsigned char* from) {
+    return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+inline void store_bytes(IntVec vector, unsigned char* to) {
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)vector));
+}
 
 inline Vec fused(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -9,7 +9,6 @@ constexpr int LANES = 4, MAX_TILE = 12, MAX_DOT = 8, SHARED = 2;
 typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(16)));
-typedef unsigned char ByteVec __attribute__((vector_size(4), aligned(1), may_alias));
 
 inline void transpose(const float* in, ptrdiff_t stride, int rows, int columns, Vec (&out)[LANES]) {
     for (int p = 0; p < LANES; ++p)
@@ -22,6 +21,11 @@ inline void store_first(Vec vector, float* out, int count) {
 
 inline void store_past_cache(Vec, float*) {}
 void fence() {}
+
+inline IntVec load_bytes(const unsigned char* from) { return IntVec{from[0], from[1], from[2], from[3]}; }
+inline void store_bytes(IntVec vector, unsigned char* to) {
+    for (int i = 0; i < LANES; ++i) to[i] = static_cast<unsigned char>(vector[i]);
+}
 
 template <typename T>
 inline T fused(T a, T b, T c) {
