@@ -54,11 +54,17 @@ class BuildNative(build_ext):
             self.compiler.compile = compile_in_parallel
             super().build_extension(extension)
         except (BaseError, CCompilerError) as error:
-            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build: not of this code
+            for path in self._libraries(extension.name):
+                path.unlink(missing_ok=True)  # of an earlier build: not of this code
             self.warn(f"granet is built without its native CPU library, sparse layers run at dense cost: {error}")
             raise  # setuptools goes on, the extension is optional
         finally:
             self.compiler.compile = compile_all
+
+    def _libraries(self, name):
+        """Where the library is built, and where an editable install runs it."""
+        built = Path(self.get_ext_fullpath(name))
+        return [built, Path("kernels", self.get_ext_filename(name))] if self.editable_mode else [built]
 
     def _flags(self):
         """What to compile with. No flag reaches the linker: the library is to find torch's OpenMP runtime, not its own.

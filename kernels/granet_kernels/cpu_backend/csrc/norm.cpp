@@ -1,4 +1,5 @@
-// Batch norm. In NCHW each channel is read once from memory and passed over again while it lies in the cache.
+// Batch norm. In NCHW each channel is read once from memory and passed over again while it lies in the cache, unless its
+// pixels in an image are so few that vectors would hold little of them.
 #include "norm.h"
 
 #include <cmath>
@@ -8,6 +9,10 @@
 
 namespace granet {
 namespace {
+
+constexpr int64_t FEW_PIXELS = 64;
+
+bool are_rows(const granet_norm& norm) { return norm.channels_last || norm.pixels <= FEW_PIXELS; }
 
 Channel channel_of(const granet_norm& norm) { return Channel{norm.n, norm.c * norm.pixels, norm.pixels}; }
 
@@ -59,7 +64,7 @@ int granet_norm_forward(const granet_norm* norm, const float* x, const float* re
                         const float* beta, float* y, float* mean, float* invstd, float* var, int threads) {
     using namespace granet;
     return guarded([&] {
-        const auto forward = norm->channels_last ? norm_rows_forward : norm_channels_forward;
+        const auto forward = are_rows(*norm) ? norm_rows_forward : norm_channels_forward;
         forward(*norm, x, residual, gamma, beta, y, mean, invstd, var, threads);
         return GRANET_OK;
     });
@@ -70,7 +75,7 @@ int granet_norm_backward(const granet_norm* norm, const float* g, const float* x
                          float* dgamma, float* dbeta, int threads) {
     using namespace granet;
     return guarded([&] {
-        const auto backward = norm->channels_last ? norm_rows_backward : norm_channels_backward;
+        const auto backward = are_rows(*norm) ? norm_rows_backward : norm_channels_backward;
         backward(*norm, g, x, y, gamma, beta, mean, invstd, dx, dresidual, dgamma, dbeta, threads);
         return GRANET_OK;
     });
