@@ -42,7 +42,6 @@ class SparseLayout:
 
     __slots__ = (
         "__weakref__",
-        "_bits",
         "_copy",
         "_handle",
         "_place",
@@ -62,7 +61,6 @@ class SparseLayout:
         self._copy = mask.clone() if self._version is None or not _counts_changes(mask) else None
         self._place = (weakref.ref(mask.untyped_storage()), mask.storage_offset(), tuple(mask.shape), mask.stride())
         self._handle: int | None = None
-        self._bits: dict[torch.dtype, Tensor] = {}
         self.numel = mask.numel()
         self.nnz = int(mask.count_nonzero())
         self.density = self.nnz / self.numel if self.numel else 0.0
@@ -85,17 +83,6 @@ class SparseLayout:
     def has_native(self) -> bool:
         """Whether the granet_layout is built."""
         return self._handle is not None
-
-    def bits(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """The mask in an integer dtype: -1, all bits set, where True, else 0. Kept, so only for masks of small layers.
-
-        Args:
-            mask: the one that this layout is of.
-        """
-        bits = self._bits.get(dtype)
-        if bits is None:
-            bits = self._bits[dtype] = mask.to(dtype).neg_()
-        return bits
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether the mask is still what this layout describes. The place in memory is the caller's to compare."""

@@ -23,7 +23,8 @@ from granet_kernels.reference import image_format
 from granet_kernels.triton_backend import support
 
 _MOST_FAN_IN = 32  # of a full layer that native code may win: it has a third of torch's time for images in RGB
-_MOST_MASKED = 2**18  # weights of a convolution; directions of a larger one are better chosen one by one
+_MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that counts
+_MOST_OF_CONV2D = 2**18  # weights; the directions of a larger convolution are better computed one by one
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
@@ -55,24 +56,28 @@ def conv2d(
 
 
 class _Masked(torch.autograd.Function):
-    """where(mask, values, 0), with the gradient of a sparse layer's weight."""
+    """where(mask, values, 0), with the gradient of a sparse layer's weight.
+
+    `unchanged`: that is known to be `values` as they are.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor, dense_wgrad: Tensor | None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, mask: Tensor, unchanged: bool, dense_wgrad: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.dense_wgrad = dense_wgrad
-        return dense.masked(values, mask)
+        return dense.masked(values, mask, unchanged)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
         if ctx.dense_wgrad is not None and ctx.dense_wgrad:
-            return grad, None, None
+            return grad, None, None, None
         if not is_eager(grad):
-            return torch.where(mask, grad, 0), None, None
+            return torch.where(mask, grad, 0), None, None, None
         if torch.is_grad_enabled():
-            return _Masked.apply(grad, mask, None), None, None
-        return dense.as_gradient(grad, mask), None, None
+            return _Masked.apply(grad, mask, False, None), None, None, None
+        # The masked weight has one use, a product, so nobody else holds its gradient.
+        return dense.as_gradient(grad, mask), None, None, None
 
 
 def _weight(
@@ -95,7 +100,7 @@ def _weight(
         return None
     layout = layout_of(mask)
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
-    if op == "conv2d" and not full and layout.numel > _MOST_MASKED:
+    if not full and layout.numel > _MOST_OF_CONV2D and op == "conv2d":
         return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
     if call is not None:
@@ -109,7 +114,10 @@ def _weight(
             plan.note(site, direction, layout, plan.DENSE)
     if full:
         return weight, call
-    return _Masked.apply(weight, mask, dense_wgrad), call
+    unchanged = dense.is_zero_off(weight, mask)
+    if not unchanged and layout.numel > _MOST_MASKED:
+        return None
+    return _Masked.apply(weight, mask, unchanged, dense_wgrad), call
 
 
 def _weight_on_gpu(
@@ -118,7 +126,7 @@ def _weight_on_gpu(
     """The masked weight where there are no sparse kernels. It reads the mask itself: a captured graph follows it."""
     if mask.numel() > _MOST_MASKED or (op == "linear" and support.is_available(x.device)):
         return None
-    return _Masked.apply(weight, mask, dense_wgrad), None
+    return _Masked.apply(weight, mask, False, dense_wgrad), None
 
 
 def _autocast_would_cast(x: Tensor, device: str) -> bool:

@@ -108,18 +108,6 @@ def test_compiled_code_uses_memory_again():
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
-def test_bits_follow_the_mask(dtype, random_mask):
-    mask = random_mask((7, 5), 0.5).t()
-    bits = layout_of(mask).bits(mask, dtype)
-    assert bits is layout_of(mask).bits(mask, dtype)
-    assert bits.dtype == dtype
-    assert bits.stride() == mask.stride()
-    assert torch.equal(bits, torch.where(mask, -1, 0))
-    mask.logical_not_()
-    assert torch.equal(layout_of(mask).bits(mask, dtype), torch.where(mask, -1, 0))
-
-
 def test_views_have_layouts_of_their_own(random_mask):
     mask = random_mask((6, 5), 0.5)
     views = [mask, mask[2:], mask.t(), mask[:, ::2], mask.reshape(5, 6)]

@@ -104,6 +104,8 @@ def test_as_accurate_as_torch(shape, layout, added, relu, assert_as_accurate):
 
 
 PIXELS = [(5, 7, 1, 1), (1, 1, 7, 7), (16, 7, 3, 3), (5, 64, 16, 16)]
+# Few pixels in NCHW: rows of one item and of several, channels in one range and in several, and one pixel too many.
+FEW = [(200, 40, 2, 2), (70, 9, 8, 8), (300, 300, 1, 2), (3, 5, 13, 5)]
 # Channels that fill no vector, one and a part, several kinds of groups; rows of one piece, of several, of many items.
 CHANNELS = [
     *((2, 2, 2, 1), (2, 63, 1, 1), (3, 3, 29, 31), (2, 17, 33, 3), (9, 63, 5, 7)),
@@ -117,7 +119,7 @@ CHANNELS = [
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
-        *((shape, torch.contiguous_format) for shape in PIXELS),
+        *((shape, torch.contiguous_format) for shape in (*PIXELS, *FEW)),
         *((shape, torch.channels_last) for shape in (*PIXELS, *CHANNELS)),
     ],
     ids=str,

@@ -204,6 +204,10 @@ def test_ops_where_native_code_may_win(random_mask):
             assert isinstance(linear(x, weight, mask), torch.Tensor)
         large = random_mask((1024, 300), 0.6)
         assert linear(x, torch.randn(1024, 300), large) == "op"  # a masked copy would count
+        assert isinstance(linear(x, torch.randn(1024, 300).where(large, 0), large), torch.Tensor)
+        patch.setattr(CONV2D.conv2d_op, "run", lambda *operands: "op")
+        large = random_mask((1024, 300, 1, 1), 0.6)
+        assert conv2d(torch.randn(2, 300, 3, 3), torch.zeros(1024, 300, 1, 1), large) == "op"
 
 
 @pytest.mark.skipif(library.load() is None, reason="no native library")

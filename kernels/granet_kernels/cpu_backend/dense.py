@@ -128,13 +128,11 @@ def masked(values: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """torch.where(mask, values, 0), to the bit; `values` themselves if that changes nothing."""
     if full:
         return values
+    if is_zero_off(values, mask):
+        return values
     if _is_for_library(values, mask):
-        native: Any = library.load()
-        operands, threads = (mask.numel(), values.data_ptr(), mask.data_ptr()), library.threads()
-        if native.granet_is_zero_off(*operands, threads):
-            return values
         result = memory.empty_like(mask)
-        library.check(native.granet_mask_values(*operands, result.data_ptr(), threads))
+        _mask_values(values, mask, result)
         return result
     integer = INTEGER.get(values.dtype)
     if integer is None or not values.is_cpu:
@@ -142,14 +140,20 @@ def masked(values: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     return (_all_bits(mask) & values.view(integer)).view(values.dtype)  # in this order: the mask settles the strides
 
 
+def is_zero_off(values: Tensor, mask: Tensor) -> bool:
+    """Whether masking would change no bit, where the library can tell; False where it cannot."""
+    if not _is_for_library(values, mask):
+        return False
+    native: Any = library.load()
+    return bool(native.granet_is_zero_off(mask.numel(), values.data_ptr(), mask.data_ptr(), library.threads()))
+
+
 def as_gradient(w_grad: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """A new dense gradient, zeroed off the mask in place, in the mask's layout."""
     if full:
         pass
     elif _is_for_library(w_grad, mask):
-        native: Any = library.load()
-        operands = mask.numel(), w_grad.data_ptr(), mask.data_ptr(), w_grad.data_ptr()
-        library.check(native.granet_mask_values(*operands, library.threads()))
+        _mask_values(w_grad, mask, w_grad)
     else:
         w_grad.view(INTEGER[w_grad.dtype]).bitwise_and_(_all_bits(mask))
     if w_grad.stride() == mask.stride():
@@ -166,6 +170,12 @@ def _is_for_library(values: Tensor, mask: Tensor) -> bool:
         and (mask.is_contiguous() or (mask.dim() == 4 and mask.is_contiguous(memory_format=torch.channels_last)))
         and library.load() is not None
     )
+
+
+def _mask_values(values: Tensor, mask: Tensor, result: Tensor) -> None:
+    native: Any = library.load()
+    operands = mask.numel(), values.data_ptr(), mask.data_ptr(), result.data_ptr()
+    library.check(native.granet_mask_values(*operands, library.threads()))
 
 
 def _all_bits(mask: Tensor) -> Tensor:
