@@ -101,3 +101,10 @@ def test_a_layer_trains_the_same_whatever_its_weight_holds_off_the_mask(zeroed, 
     with torch.no_grad():
         weight.add_(1)  # no part of a graph that is still there
     assert torch.equal(weight, kept + 1)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (2, 5), (5,)], ids=["longer", "shorter", "other dimensions"])
+def test_a_mask_of_another_shape_is_no_mask_for_the_library(shape):
+    values = torch.zeros(4, 5)
+    assert not dense.is_zero_off(values, torch.ones(shape, dtype=torch.bool))
+    assert not dense.is_zero_off(values, torch.ones(4, 5, dtype=torch.uint8))

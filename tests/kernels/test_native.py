@@ -254,6 +254,8 @@ def test_what_the_library_does_not_support_is_computed_densely(monkeypatch, rand
         granet_conv2d_forward = staticmethod(lambda *arguments: 2)
         granet_layout_new = library.load().granet_layout_new
         granet_layout_free = library.load().granet_layout_free
+        granet_is_zero_off = library.load().granet_is_zero_off
+        granet_mask_values = library.load().granet_mask_values
 
     x, weight, mask = torch.randn(11, 6), torch.randn(5, 6), random_mask((5, 6), 0.5)
     expected = F.linear(x, weight * mask)

@@ -165,7 +165,10 @@ def _is_for_library(values: Tensor, mask: Tensor) -> bool:
     """Whether both lie dense in memory, in the same order, as the library reads them."""
     return (
         values.dtype == torch.float32
+        and mask.dtype == torch.bool
         and values.is_cpu
+        and mask.is_cpu
+        and values.shape == mask.shape
         and values.stride() == mask.stride()
         and (mask.is_contiguous() or (mask.dim() == 4 and mask.is_contiguous(memory_format=torch.channels_last)))
         and library.load() is not None
