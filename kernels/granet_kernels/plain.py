@@ -1,8 +1,8 @@
 """Layers that run densely in every direction, as torch's own layers with a masked weight.
 
-An op has a kernel of its own for each direction, and computes the masked weight once for each. Where nothing is to be
-gained by sparse code, torch's autograd is the faster way to the same numbers. All of this is for operands of which
-`is_eager` is true.
+An op has a kernel of its own for each direction, and looks at the weight in each. Where nothing is to be gained by
+sparse code, torch's autograd is the faster way to the same numbers. All of this is for operands of which `is_eager` is
+true.
 """
 
 from __future__ import annotations
@@ -65,18 +65,17 @@ class _Masked(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, mask: Tensor, unchanged: bool, dense_wgrad: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.dense_wgrad = dense_wgrad
-        return dense.masked(values, mask, unchanged)
+        result = dense.masked(values, mask, unchanged)
+        return result.detach() if result is values else result  # no view, of which autograd has other rules
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
         if ctx.dense_wgrad is not None and ctx.dense_wgrad:
             return grad, None, None, None
-        if not is_eager(grad):
+        if torch.is_grad_enabled() or not is_eager(grad):
             return torch.where(mask, grad, 0), None, None, None
-        if torch.is_grad_enabled():
-            return _Masked.apply(grad, mask, False, None), None, None, None
-        # The masked weight has one use, a product, so nobody else holds its gradient.
+        # New from the only product that the masked weight is in: nobody else holds it.
         return dense.as_gradient(grad, mask), None, None, None
 
 
@@ -102,6 +101,9 @@ def _weight(
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
     if not full and layout.numel > _MOST_OF_CONV2D and op == "conv2d":
         return None
+    unchanged = full or dense.is_zero_off(weight, mask)
+    if not unchanged and layout.numel > _MOST_MASKED:
+        return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
     if call is not None:
         needed = {"forward": call.site}
@@ -114,9 +116,6 @@ def _weight(
             plan.note(site, direction, layout, plan.DENSE)
     if full:
         return weight, call
-    unchanged = dense.is_zero_off(weight, mask)
-    if not unchanged and layout.numel > _MOST_MASKED:
-        return None
     return _Masked.apply(weight, mask, unchanged, dense_wgrad), call
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from granet_kernels import linear, plan
+from granet_kernels import conv2d, linear, plan
 from granet_kernels.cpu_backend import dense, library
 
 SIZES = [1, 7, 15, 16, 63, 100, 300, 1024, 70_001, 200_000]
@@ -88,7 +88,6 @@ def test_a_layer_trains_the_same_whatever_its_weight_holds_off_the_mask(zeroed, 
     weight = (torch.where(mask, full, 0) if zeroed else full.clone()).requires_grad_()
     reference = torch.where(mask, full, 0).requires_grad_()
     x, grad = torch.randn(5, shape[1]), torch.randn(5, shape[0])
-    kept = weight.detach().clone()
     with plan.use("dense"):
         y = linear(x, weight, mask)
     y.backward(grad)
@@ -97,14 +96,47 @@ def test_a_layer_trains_the_same_whatever_its_weight_holds_off_the_mask(zeroed, 
     assert torch.equal(y, expected)
     torch.testing.assert_close(weight.grad, torch.where(mask, reference.grad, 0), rtol=1e-5, atol=1e-5)
     assert weight.grad[~mask].count_nonzero() == 0
-    assert torch.equal(weight, kept)
+
+
+@needs_library
+def test_a_graph_holds_the_weight_itself(random_mask):
+    mask = random_mask((6, 9), 0.5)
+    weight, x = torch.randn(6, 9).where(mask, 0).requires_grad_(), torch.randn(5, 9, requires_grad=True)
+    with plan.use("dense"):
+        y = linear(x, weight, mask)
     with torch.no_grad():
-        weight.add_(1)  # no part of a graph that is still there
-    assert torch.equal(weight, kept + 1)
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # as of torch's own layer
+        y.sum().backward()
+
+
+NAMES = {"linear": ((4, 6), (5, 6)), "conv2d": ((2, 5, 6, 6), (4, 5, 3, 3))}
+
+
+@pytest.mark.parametrize("zeroed", [True, False], ids=["zero off the mask", "any values"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_gradients_leave_tensors_of_others_alone(name, zeroed, random_mask):
+    x_shape, w_shape = NAMES[name]
+    mask, weight = random_mask(w_shape, 0.5), torch.randn(w_shape)
+    weight = (weight.where(mask, 0) if zeroed else weight.clone()).requires_grad_()
+    x = torch.randn(x_shape, requires_grad=True)
+    layer = {"linear": linear, "conv2d": conv2d}[name]
+    with plan.use("dense"):
+        (gradient,) = torch.autograd.grad(layer(x, weight, mask).square().sum(), weight, create_graph=True)
+    vector = torch.randn(w_shape)
+    given = vector.clone()
+    (of_x,) = torch.autograd.grad(gradient, x, vector, retain_graph=True)
+    assert torch.equal(vector, given)
+    torch_layer = {"linear": torch.nn.functional.linear, "conv2d": torch.nn.functional.conv2d}[name]
+    masked = weight.detach().where(mask, 0).requires_grad_()
+    (expected,) = torch.autograd.grad(torch_layer(x, masked).square().sum(), masked, create_graph=True)
+    torch.testing.assert_close(gradient, expected.where(mask, 0))
+    torch.testing.assert_close(of_x, torch.autograd.grad(expected, x, given.where(mask, 0))[0], rtol=1e-4, atol=1e-4)
+    gradient.sum().backward()  # an expanded gradient
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (2, 5), (5,)], ids=["longer", "shorter", "other dimensions"])
-def test_a_mask_of_another_shape_is_no_mask_for_the_library(shape):
+def test_a_mask_of_another_shape_or_dtype_is_no_mask_for_the_library(shape):
     values = torch.zeros(4, 5)
     assert not dense.is_zero_off(values, torch.ones(shape, dtype=torch.bool))
     assert not dense.is_zero_off(values, torch.ones(4, 5, dtype=torch.uint8))

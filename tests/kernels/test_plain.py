@@ -35,8 +35,10 @@ def no_ops(monkeypatch):
     monkeypatch.setattr(CONV2D.conv2d_op, "run", called)
 
 
-def operands(mask, dtype, x_shape, strided=False):
+def operands(mask, dtype, x_shape, strided=False, zeroed=False):
     weight = torch.randn(mask.shape, dtype=dtype)
+    if zeroed:
+        weight = weight.where(mask, 0)
     if strided:
         weight = torch.empty(mask.shape[::-1], dtype=dtype).permute(*reversed(range(mask.dim()))).copy_(weight)
     tensors = torch.randn(x_shape, dtype=dtype), weight, torch.randn(mask.shape[0], dtype=dtype)
@@ -66,13 +68,14 @@ SHAPES = {"linear": ((9, 33), (17, 33)), "conv2d": ((3, 5, 7, 8), (6, 5, 3, 2))}
 
 @pytest.mark.parametrize("flag", [None, False, True], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.6, 1.0], ids=str)
+@pytest.mark.parametrize("zeroed", [False, True], ids=["", "zero off the mask"])
 @pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_as_the_op(name, dtype, strided, density, flag, random_mask, request):
+def test_as_the_op(name, dtype, strided, zeroed, density, flag, random_mask, request):
     x_shape, w_shape = SHAPES[name]
     mask = random_mask(w_shape, density)
-    tensors = operands(mask, dtype, x_shape, strided)
+    tensors = operands(mask, dtype, x_shape, strided, zeroed)
     wanted = None if flag is None else torch.tensor(flag)
     with plan.use("dense"):
         expected = results(through_op(name), *tensors, mask, wanted)

@@ -11,7 +11,7 @@ from granet_kernels.pool import max_pool_op
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 4, 4), (3, 5, 7, 9), (2, 2, 32, 32), (1, 3, 33, 66), (0, 3, 4, 4)]
 # Rows of half a vector of outputs or less, of whole vectors and with a rest, of planes together and one by one.
-SHAPES += [(7, 9, 2, 2), (5, 7, 6, 4), (3, 11, 8, 8), (2, 5, 10, 16), (3, 3, 37, 8), (400, 90, 2, 4)]
+SHAPES += [(7, 9, 2, 2), (5, 7, 6, 4), (3, 11, 8, 8), (2, 5, 10, 16), (3, 3, 37, 8), (3, 5, 6, 9), (400, 90, 2, 4)]
 
 
 def inputs(shape, dtype=torch.float32):

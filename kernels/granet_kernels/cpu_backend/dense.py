@@ -149,7 +149,11 @@ def is_zero_off(values: Tensor, mask: Tensor) -> bool:
 
 
 def as_gradient(w_grad: Tensor, mask: Tensor, full: bool = False) -> Tensor:
-    """A new dense gradient, zeroed off the mask in place, in the mask's layout."""
+    """Zero a dense gradient off the mask, in place, and lay it as the mask lies.
+
+    Args:
+        w_grad: the caller's own, each value in a place of its own.
+    """
     if full:
         pass
     elif _is_for_library(w_grad, mask):

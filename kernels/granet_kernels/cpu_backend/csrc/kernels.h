@@ -71,10 +71,10 @@ struct NormGradient {
     bool relu, stream;
 };
 
-// The same for images in channels_last: `count` pixels of so many channels, one behind the other. What was one number
+// The same for images in channels_last: `count` pixels of so many channels, `stride` floats apart. What was one number
 // above is an array of one a channel here.
 struct Rows {
-    int64_t count, channels;
+    int64_t count, channels, stride;
 };
 struct RowsApply {
     const float *x, *residual;

@@ -1,5 +1,5 @@
-// Batch norm. In NCHW each channel is read once from memory and passed over again while it lies in the cache, unless its
-// pixels in an image are so few that vectors would hold little of them.
+// Batch norm. In NCHW each channel is read once from memory and passed over again while it lies in the cache; where a
+// vector holds as many pixels as an image has, or nearly, several channels are passed over together: see norm_few.cpp.
 #include "norm.h"
 
 #include <cmath>
@@ -10,9 +10,10 @@
 namespace granet {
 namespace {
 
-constexpr int64_t FEW_PIXELS = 64;
+constexpr int64_t FEW_PIXELS = 64;  // four vectors at most, and the rest one by one
+constexpr int64_t LEAST_IMAGES = 16;  // what is found for each row is put together for each channel
 
-bool are_rows(const granet_norm& norm) { return norm.channels_last || norm.pixels <= FEW_PIXELS; }
+bool are_few(const granet_norm& norm) { return norm.pixels <= FEW_PIXELS && norm.n >= LEAST_IMAGES; }
 
 Channel channel_of(const granet_norm& norm) { return Channel{norm.n, norm.c * norm.pixels, norm.pixels}; }
 
@@ -64,7 +65,9 @@ int granet_norm_forward(const granet_norm* norm, const float* x, const float* re
                         const float* beta, float* y, float* mean, float* invstd, float* var, int threads) {
     using namespace granet;
     return guarded([&] {
-        const auto forward = are_rows(*norm) ? norm_rows_forward : norm_channels_forward;
+        const auto forward = norm->channels_last ? norm_rows_forward
+                             : are_few(*norm)    ? norm_few_forward
+                                                 : norm_channels_forward;
         forward(*norm, x, residual, gamma, beta, y, mean, invstd, var, threads);
         return GRANET_OK;
     });
@@ -75,7 +78,9 @@ int granet_norm_backward(const granet_norm* norm, const float* g, const float* x
                          float* dgamma, float* dbeta, int threads) {
     using namespace granet;
     return guarded([&] {
-        const auto backward = are_rows(*norm) ? norm_rows_backward : norm_channels_backward;
+        const auto backward = norm->channels_last ? norm_rows_backward
+                              : are_few(*norm)    ? norm_few_backward
+                                                  : norm_channels_backward;
         backward(*norm, g, x, y, gamma, beta, mean, invstd, dx, dresidual, dgamma, dbeta, threads);
         return GRANET_OK;
     });

@@ -31,11 +31,18 @@ inline Correction correction(float scale, float mean, float invstd, double sum, 
     return {float(factor), float(-double(scale) * sum / count - factor * double(mean))};
 }
 
-// The functions of granet_cpu.h for images as rows: in channels_last, or of few pixels. They may throw std::bad_alloc.
+// The functions of granet_cpu.h for images in channels_last, and for images of few pixels in NCHW. They may throw
+// std::bad_alloc.
 void norm_rows_forward(const granet_norm& norm, const float* x, const float* residual, const float* gamma,
                        const float* beta, float* y, float* mean, float* invstd, float* var, int threads);
 void norm_rows_backward(const granet_norm& norm, const float* g, const float* x, const float* y, const float* gamma,
                         const float* beta, const float* mean, const float* invstd, float* dx, float* dresidual,
                         float* dgamma, float* dbeta, int threads);
+
+void norm_few_forward(const granet_norm& norm, const float* x, const float* residual, const float* gamma,
+                      const float* beta, float* y, float* mean, float* invstd, float* var, int threads);
+void norm_few_backward(const granet_norm& norm, const float* g, const float* x, const float* y, const float* gamma,
+                       const float* beta, const float* mean, const float* invstd, float* dx, float* dresidual,
+                       float* dgamma, float* dbeta, int threads);
 
 }  // namespace granet

@@ -1,4 +1,5 @@
-// Batch norm of rows of channels: a vector holds consecutive channels of one pixel. Included by kernels.inl.
+// Batch norm of rows of channels: a vector holds consecutive channels of one pixel. Included by kernels.inl. (What is a
+// channel here may be one pixel of it, where a row is an image in NCHW: see norm_few.cpp.)
 
 // Channels that are computed together: as many as a vector holds, or one.
 struct Several {
@@ -91,7 +92,7 @@ void column_moments(const Rows& rows, const float* x, double* sum, double* squar
         T sums[C::CHAINS][C::N] = {}, squared[C::CHAINS][C::N] = {}, mean[C::N];
         for_chains<C>(begin, end, [&](int64_t r, int k) __attribute__((always_inline)) {
             GRANET_UNROLL
-            for (int j = 0; j < C::N; ++j) sums[k][j] += C::Lanes::load(x + r * rows.channels + j * C::STEP);
+            for (int j = 0; j < C::N; ++j) sums[k][j] += C::Lanes::load(x + r * rows.stride + j * C::STEP);
         });
         store_chains<C>(sums, total);
         GRANET_UNROLL
@@ -104,7 +105,7 @@ void column_moments(const Rows& rows, const float* x, double* sum, double* squar
         for_chains<C>(begin, end, [&](int64_t r, int k) __attribute__((always_inline)) {
             GRANET_UNROLL
             for (int j = 0; j < C::N; ++j) {
-                const T d = C::Lanes::load(x + r * rows.channels + j * C::STEP) - mean[j];
+                const T d = C::Lanes::load(x + r * rows.stride + j * C::STEP) - mean[j];
                 sums[k][j] += d;
                 squared[k][j] += d * d;
             }
@@ -136,7 +137,7 @@ inline __attribute__((always_inline)) void for_vectors(int64_t channels, const F
 
 // Whether a result of such rows can be written past the cache: then all of its vectors are aligned.
 inline bool rows_stream(const Rows& rows, bool stream, const float* to) {
-    return STREAMS && stream && rows.channels % LANES == 0 && (uintptr_t)to % sizeof(Vec) == 0;
+    return STREAMS && stream && rows.channels % LANES == 0 && rows.stride % LANES == 0 && (uintptr_t)to % sizeof(Vec) == 0;
 }
 
 template <bool STREAM, typename L>
@@ -150,7 +151,7 @@ inline __attribute__((always_inline)) void store_row(typename L::T value, float*
 template <bool RESIDUAL, bool RELU, bool STREAM>
 void rows_apply_to(const Rows& rows, const RowsApply& a) {
     for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t begin = r * rows.channels;
+        const int64_t begin = r * rows.stride;
         for_vectors(rows.channels, [&](auto lanes, int64_t c) __attribute__((always_inline)) {
             using L = decltype(lanes);
             auto y = fused(L::load(a.x + begin + c), L::load(a.scale + c), L::load(a.shift + c));
@@ -200,7 +201,7 @@ void column_gradient_sums(const Rows& rows, const RowsGradient& a, int64_t c, do
         for_chains<C>(begin, end, [&](int64_t r, int k) __attribute__((always_inline)) {
             GRANET_UNROLL
             for (int j = 0; j < C::N; ++j) {
-                const int64_t at = r * rows.channels + c + j * C::STEP;
+                const int64_t at = r * rows.stride + c + j * C::STEP;
                 const T g = row_gradient<GATE, typename C::Lanes>(a, at, scale[j], shift[j]);
                 sums[k][j] += g;
                 products[k][j] += g * (C::Lanes::load(a.x + at) - mean[j]);
@@ -229,7 +230,7 @@ void rows_gradient_sums_as(const Rows& rows, const RowsGradient& a, double* sum,
 template <Gate GATE, bool STREAM>
 void rows_gradient_apply_to(const Rows& rows, const RowsGradient& a, const float* factor, const float* offset) {
     for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t begin = r * rows.channels;
+        const int64_t begin = r * rows.stride;
         for_vectors(rows.channels, [&](auto lanes, int64_t c) __attribute__((always_inline)) {
             using L = decltype(lanes);
             const auto scale = L::load(a.scale + c);

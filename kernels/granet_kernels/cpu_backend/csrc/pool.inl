@@ -1,4 +1,5 @@
-// Max-pooling of 2 x 2 pixels, one image of one channel at a time. Included by kernels.inl.
+// Max-pooling of 2 x 2 pixels, one image of one channel at a time, or several of an even height, one below the other.
+// Included by kernels.inl.
 
 // Where the greatest of four is, as in torch: the first of equal ones; NaN is above all, and the last NaN wins.
 inline __attribute__((always_inline)) void pool_take(Vec& best, IntVec& which, Vec value, int number) {
