@@ -60,7 +60,7 @@ def test_linear(benchmark, device, shape, implementation):
     torch.manual_seed(0)
     x = torch.randn(batch, in_features, device=device)
     mask = torch.rand(out_features, in_features, device=device) < 0.1
-    weight = torch.randn(out_features, in_features, device=device) * mask
+    weight = torch.randn(out_features, in_features, device=device).masked_fill(~mask, 0)
     ops = {
         "dense": F.linear,
         "dense-times-mask": lambda x, w: F.linear(x, w * mask),
@@ -81,7 +81,7 @@ def test_conv2d(benchmark, device, shape, implementation, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(batch, channels, side, side, device=device)
     mask = torch.rand(channels, channels, 3, 3, device=device) < 0.1
-    weight = torch.randn(channels, channels, 3, 3, device=device) * mask
+    weight = torch.randn(channels, channels, 3, 3, device=device).masked_fill(~mask, 0)
 
     def dense(x, w):
         return F.conv2d(x, w, padding=1)

@@ -44,6 +44,7 @@ class SparseLayout:
         "__weakref__",
         "_copy",
         "_handle",
+        "_is_counted",
         "_place",
         "_version",
         "bucket",
@@ -58,7 +59,8 @@ class SparseLayout:
     def __init__(self, mask: Tensor, last: dict[str, Any]) -> None:
         self._version = _version(mask)
         # Where nobody counts the changes it is compared with what it was.
-        self._copy = mask.clone() if self._version is None or not _counts_changes(mask) else None
+        self._is_counted = self._version is not None and _counts_changes(mask)
+        self._copy = None if self._is_counted else mask.clone()
         self._place = (weakref.ref(mask.untyped_storage()), mask.storage_offset(), tuple(mask.shape), mask.stride())
         self._handle: int | None = None
         self.numel = mask.numel()
@@ -86,11 +88,17 @@ class SparseLayout:
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether the mask is still what this layout describes. The place in memory is the caller's to compare."""
-        if mask.is_inference() != (self._version is None):
+        version = _version(mask)
+        if (version is None) != (self._version is None):
             return False
-        if self._copy is not None:
-            return torch.equal(self._copy, mask)
-        return self._version == mask._version and _counts_changes(mask)
+        counts = version is not None and _counts_changes(mask)
+        if counts and self._is_counted:
+            return version == self._version
+        if self._copy is None or not torch.equal(self._copy, mask):
+            return False
+        if counts:  # compared once, and counted from now on
+            self._version, self._is_counted = version, True
+        return True
 
     def _build(self) -> int:
         lib = library.load()

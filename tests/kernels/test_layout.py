@@ -79,8 +79,24 @@ def test_the_dispatcher_trusts_nobody(random_mask):
         for _ in range(2):
             y = torch.ops.granet.linear(x, weight, changed_uncounted(mask), None, None)
             torch.testing.assert_close(y, x @ (weight * mask).t())
-            y = granet_kernels.linear(x, weight, changed_uncounted(mask))  # it was found out once
+            y = granet_kernels.linear(x, weight, changed_uncounted(mask))  # compared with what the dispatcher saw
             torch.testing.assert_close(y, x @ (weight * mask).t())
+
+
+def test_outside_of_the_dispatcher_a_mask_is_compared_once(random_mask, monkeypatch):
+    mask = random_mask((6, 50), 0.5)
+    with through_dispatcher():
+        layout = layout_of(mask)
+    assert layout_of(mask) is layout
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "equal", None)
+        assert layout_of(mask) is layout
+    with through_dispatcher():
+        assert layout_of(mask) is layout
+        assert layout_of(changed_uncounted(mask)) is not layout
+    layout = layout_of(mask)
+    mask[0] = True
+    assert layout_of(mask) is not layout
 
 
 def test_a_trusted_mask_is_not_compared(random_mask, monkeypatch):
