@@ -73,7 +73,7 @@ class _Masked(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if ctx.dense_wgrad is not None and ctx.dense_wgrad:
             return grad, None, None, None
-        if torch.is_grad_enabled() or not is_eager(grad):
+        if torch.is_grad_enabled() or not grad.is_cpu or not is_eager(grad):
             return torch.where(mask, grad, 0), None, None, None
         # New from the only product that the masked weight is in: nobody else holds it.
         return dense.as_gradient(grad, mask), None, None, None

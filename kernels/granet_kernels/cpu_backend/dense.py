@@ -126,9 +126,7 @@ def conv2d_wgrad(
 
 def masked(values: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     """torch.where(mask, values, 0), to the bit; `values` themselves if that changes nothing."""
-    if full:
-        return values
-    if is_zero_off(values, mask):
+    if full or is_zero_off(values, mask):
         return values
     if _is_for_library(values, mask):
         result = memory.empty_like(mask)

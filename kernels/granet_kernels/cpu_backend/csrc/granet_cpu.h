@@ -67,7 +67,7 @@ GRANET_API int granet_conv2d_reads_once(granet_layout* layout, const granet_conv
 
 // Batch norm with the statistics of the batch, and what may follow it: y = act((x - mean) * invstd * gamma + beta +
 // residual), act being max(., 0) if `relu`. Images contiguous, (n, c, pixels) or, if `channels_last`, (n, pixels, c);
-// the rest (c,). residual may be NULL. mean, invstd, var: written; var is the biased variance.
+// the rest (c,). None of them empty; residual may be NULL. mean, invstd, var: written; var is the biased variance.
 typedef struct {
     int64_t n, c, pixels;
     double eps;

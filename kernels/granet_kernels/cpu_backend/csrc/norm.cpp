@@ -1,5 +1,5 @@
-// Batch norm. In NCHW each channel is read once from memory and passed over again while it lies in the cache; where a
-// vector holds as many pixels as an image has, or nearly, several channels are passed over together: see norm_few.cpp.
+// Batch norm. In NCHW each channel is read once from memory and passed over again while it lies in the cache. Images of
+// few pixels, which would fill vectors in part, go several channels at a time: see norm_few.cpp.
 #include "norm.h"
 
 #include <cmath>
@@ -10,8 +10,8 @@
 namespace granet {
 namespace {
 
-constexpr int64_t FEW_PIXELS = 64;  // four vectors at most, and the rest one by one
-constexpr int64_t LEAST_IMAGES = 16;  // what is found for each row is put together for each channel
+constexpr int64_t FEW_PIXELS = 64;    // from about here on, both ways take the same time
+constexpr int64_t LEAST_IMAGES = 16;  // fewer do not pay for putting together what is found for each column
 
 bool are_few(const granet_norm& norm) { return norm.pixels <= FEW_PIXELS && norm.n >= LEAST_IMAGES; }
 
