@@ -101,10 +101,8 @@ def _weight(
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
     if not full and layout.numel > _MOST_OF_CONV2D and op == "conv2d":
         return None
-    unchanged = full or dense.is_zero_off(weight, mask)
-    if not unchanged and layout.numel > _MOST_MASKED:
-        return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
+    needed: dict[str, plan.Site] = {}
     if call is not None:
         needed = {"forward": call.site}
         needed |= {"dgrad": call.partners["dgrad"]} if x.requires_grad else {}
@@ -112,8 +110,11 @@ def _weight(
         certain = full and mask.numel() > _MOST_FAN_IN * mask.shape[0]
         if not certain and not plan.agrees_on_dense(tuple(needed.values()), layout):
             return None
-        for direction, site in needed.items():
-            plan.note(site, direction, layout, plan.DENSE)
+    unchanged = full or dense.is_zero_off(weight, mask)  # reads all of it: not before it is known to be of use
+    if not unchanged and layout.numel > _MOST_MASKED:
+        return None
+    for direction, site in needed.items():
+        plan.note(site, direction, layout, plan.DENSE)
     if full:
         return weight, call
     return _Masked.apply(weight, mask, unchanged, dense_wgrad), call

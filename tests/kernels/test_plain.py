@@ -214,6 +214,15 @@ def test_ops_where_native_code_may_win(random_mask):
 
 
 @pytest.mark.skipif(library.load() is None, reason="no native library")
+def test_a_weight_is_not_looked_at_where_native_code_runs(random_mask, monkeypatch):
+    mask = random_mask((512, 300), 0.1)
+    x, weight, _ = operands(mask, torch.float32, (400, 300), zeroed=True)
+    monkeypatch.setattr(plain.dense, "is_zero_off", None)
+    with plan.use("rule"):
+        linear(x, weight, mask).sum().backward()
+
+
+@pytest.mark.skipif(library.load() is None, reason="no native library")
 def test_a_measured_plan_learns_from_ops_first(random_mask):
     mask = random_mask((512, 300), 0.99)
     x, weight, _ = operands(mask, torch.float32, (400, 300))

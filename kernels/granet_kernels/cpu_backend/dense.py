@@ -152,11 +152,9 @@ def as_gradient(w_grad: Tensor, mask: Tensor, full: bool = False) -> Tensor:
     Args:
         w_grad: the caller's own, each value in a place of its own.
     """
-    if full:
-        pass
-    elif _is_for_library(w_grad, mask):
+    if not full and _is_for_library(w_grad, mask):
         _mask_values(w_grad, mask, w_grad)
-    else:
+    elif not full:
         w_grad.view(INTEGER[w_grad.dtype]).bitwise_and_(_all_bits(mask))
     if w_grad.stride() == mask.stride():
         return w_grad
