@@ -4,8 +4,8 @@ Every candidate computes the right result, so measuring is letting one of them d
 costs what the candidate loses to the winner. That is added up, and stays below 2 % of the time since the first call,
 but for calls of more than ten times the winner's time, which count as ten. Measured plans make results differ in the
 last bits from run to run; all others measure nothing and give the same bits twice on a machine: "rule" (native up to a
-density that each implementation names, RULE_DENSITY on a CPU, dense above), "native", "dense", or a file written by
-`save`.
+density that each implementation names, RULE_DENSITY for convolutions on a CPU, dense above), "native", "dense", or a
+file written by `save`.
 
 Dense convolutions have two ways themselves, see cpu_backend/formats.py: a measured plan finds out which is faster,
 "dense" is torch as it is, and all others take the one that is good for images of that size.
