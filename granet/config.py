@@ -173,10 +173,11 @@ class TrainConfig:
         seed: of the initial weights, masks, batches and augmentation.
         device: auto, cpu, cuda or cuda:1; auto is cuda where there is one.
         threads: CPU threads of torch; null leaves torch's choice.
-        plan: what computes sparse layers on a CPU: rule (native code up to half the weights, dense above), measured
-            (the fastest, as found out in the run), native, dense, or a file of granet_kernels.plan.save; null
-            leaves it to GRANET_PLAN, else measured. A measured plan is faster at densities near the break-even,
-            but two runs differ in the last bits; with any other they are the same, as is a run resumed.
+        plan: what computes sparse layers on a CPU: rule (native code up to half the weights of a convolution and three
+            tenths of a linear layer's, dense above), measured (the fastest, as found out in the run), native, dense, or
+            a file of granet_kernels.plan.save; null leaves it to GRANET_PLAN, else measured. A measured plan is faster
+            at densities near the break-even, but two runs differ in the last bits; with any other they are the same,
+            as is a run resumed.
         checkpoint_every: optimizer steps between checkpoints within an epoch; 0 saves at the end of epochs only.
         log: additional logs, of: tensorboard.
     """

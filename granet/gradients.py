@@ -48,7 +48,8 @@ class GradientTap:
 
     def ask(self, dense: bool) -> None:
         """Say, after a step, whether the backward passes of the next one are to deliver the dense gradient."""
-        self._dense_wgrad.fill_(dense)
+        if dense != self.asks:
+            self._dense_wgrad.fill_(dense)
         self._to_capture = {id(optimizer) for _, optimizer in self._layers} if dense else set()
         self._maybe_dense |= self._to_capture
         if dense:
@@ -103,6 +104,8 @@ class GradientTap:
         return wrapped
 
     def _take(self, optimizer: Optimizer, update: bool, withhold: bool) -> None:
+        if not (update or withhold or self.masks_every_step or id(optimizer) in self._maybe_dense):
+            return  # most steps: small networks are over before the lists are made
         held = [(i, layer) for i, (layer, owner) in enumerate(self._layers) if owner is optimizer]
         if update:
             self._check_finite(optimizer, [layer for _, layer in held])
