@@ -49,8 +49,9 @@ def run(parser: Parser, words: list[str]) -> None:
     )
     if found.speedup is not None:
         console.print(
-            f"measured on batches of {batch}, forward and backward, against masked dense layers: all of them together "
-            f"{found.speedup:.2f}x at sparsity {options.sparsity:.0%} with ERK"
+            f"measured on batches of {batch}, forward and backward, against dense layers in NCHW or channels_last, "
+            f"whichever is faster: all of them together {found.speedup:.2f}x at sparsity {options.sparsity:.0%} "
+            "with ERK"
         )
     console.print(_native_text())
 

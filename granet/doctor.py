@@ -54,7 +54,7 @@ class Diagnosis:
         layers: the weights that can be sparse, in the model's order.
         macs: of all layers, for one example.
         flops_ratio: FLOPs of a forward pass with each distribution's densities, dense = 1.
-        speedup: of forward and backward of all measured layers together, over masked dense ones; None if none was.
+        speedup: of forward and backward of all measured layers together, over the best dense ones; None if none was.
     """
 
     model: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ class LayerSpeed:
 
     Attributes:
         implementation: what would run: "native", "dense", or three by direction, "native/dense/native".
-        dense_seconds: masked dense forward, input gradient and weight gradient of one batch.
-        seconds: the faster implementation in each direction.
+        dense_seconds: dense forward, input gradient and weight gradient of one batch, in NCHW or channels_last, which
+            of them is faster.
+        seconds: the faster implementation in each direction, sparse code on images in NCHW.
         break_even: the smallest sparsity at which native code is faster than dense; None if it never is.
     """
 
@@ -78,11 +80,14 @@ def break_even(dense: float, native: Mapping[float, float]) -> float | None:
 
     Args:
         dense: seconds at any density.
-        native: seconds by density, two or more.
+        native: seconds by density, one or more. Of one, the line is that through 0: times grow no faster than that.
     Returns:
-        A sparsity in [0, 1), or None if native code stays slower down to density 0.
+        A sparsity in [0, 1), or None if native code stays slower down to density 0, or was slower at the only density.
     """
     densities = sorted(native, reverse=True)
+    if len(densities) == 1:
+        (density,) = densities
+        return max(0.0, 1 - density * dense / native[density]) if native[density] < dense else None
     if native[densities[0]] < dense:
         return 1 - densities[0]
     for above, below in pairwise(densities):
@@ -94,10 +99,11 @@ def break_even(dense: float, native: Mapping[float, float]) -> float | None:
 
 
 def _measure(module: SparseLayer, x: Tensor, density: float, unit: Granularity) -> LayerSpeed:
-    dense, _ = _times(module, x, _mask(module, density, unit), "dense")
+    module = copy.deepcopy(module)
+    dense = _dense_times(module, x, density, unit)
     native = {}
     for each in {density, *_DENSITIES}:
-        native[each], runs = _times(module, x, _mask(module, each, unit), "native")
+        native[each], runs = _times(module, x, each, unit, "native")
         if not runs:  # e.g. a convolution with groups
             return LayerSpeed("dense", sum(dense.values()), sum(dense.values()), None)
     faster = {way: "native" if native[density][way] < dense[way] else "dense" for way in plan.DIRECTIONS}
@@ -110,22 +116,34 @@ def _measure(module: SparseLayer, x: Tensor, density: float, unit: Granularity) 
     )
 
 
-def _times(module: SparseLayer, x: Tensor, mask: Tensor, mode: str) -> tuple[dict[str, float], bool]:
-    """Seconds by direction, and whether the mode was obeyed."""
+def _dense_times(module: SparseLayer, x: Tensor, density: float, unit: Granularity) -> dict[str, float]:
+    """Seconds by direction, in the memory format that is the faster one for all of them together."""
+    found = [_times(module, x, density, unit, "dense")[0]]
+    if x.dim() == 4:
+        other = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = x.detach().contiguous(memory_format=torch.channels_last)
+        found.append(_times(other, images, density, unit, "dense")[0])
+    return min(found, key=lambda times: sum(times.values()))
+
+
+def _times(
+    module: SparseLayer, x: Tensor, density: float, unit: Granularity, mode: str
+) -> tuple[dict[str, float], bool]:
+    """Seconds by direction, and whether the mode was obeyed. The weight is set to 0 off the mask, as in training."""
+    mask = _mask(module, density, unit)
+    with torch.no_grad():
+        module.weight.normal_().masked_fill_(~mask, 0)
     x.requires_grad_()
     with plan.use(mode):
         module.bind(mask, torch.zeros((), dtype=torch.bool))
-        try:
-            y = module(x)
-            grad = torch.ones(y.shape)
-            calls: dict[str, Callable[[], object]] = {
-                "forward": lambda: module(x),
-                "dgrad": lambda: torch.autograd.grad(y, x, grad, retain_graph=True),
-                "wgrad": lambda: torch.autograd.grad(y, module.weight, grad, retain_graph=True),
-            }
-            times = {way: _least(call) for way, call in calls.items()}
-        finally:
-            module.unbind()
+        y = module(x)
+        grad = torch.ones_like(y)
+        calls: dict[str, Callable[[], object]] = {
+            "forward": lambda: module(x),
+            "dgrad": lambda: torch.autograd.grad(y, x, grad, retain_graph=True),
+            "wgrad": lambda: torch.autograd.grad(y, module.weight, grad, retain_graph=True),
+        }
+        times = {way: _least(call) for way, call in calls.items()}
     ran = plan.report(mask).values()
     return times, bool(ran) and all(name == mode for name, _ in ran)
 

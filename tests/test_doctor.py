@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import granet
+from granet import speed
 from granet.doctor import examine
 from granet.granularity import Unstructured
 from granet.speed import break_even, measure_layers
@@ -56,8 +57,11 @@ def test_bad_request_is_refused(arguments, message):
         ({1.0: 3.0, 0.5: 1.75}, 1 - 0.2),  # crosses below them
         ({1.0: 3.0, 0.5: 2.5}, None),
         ({1.0: 2.0, 0.5: 2.0}, None),
+        ({0.25: 0.5}, 0.5),
+        ({0.5: 0.25}, 0.0),
+        ({0.5: 1.0}, None),
     ],
-    ids=["always", "between", "below", "never", "flat"],
+    ids=["always", "between", "below", "never", "flat", "one density", "one of them at which it always wins", "slower"],
 )
 def test_the_sparsity_from_which_native_code_wins(native, expected):
     assert break_even(1.0, native) == (None if expected is None else pytest.approx(expected))
@@ -92,3 +96,40 @@ def test_measuring_leaves_the_model_as_it_was():
 def test_a_batch_without_images_is_refused():
     with pytest.raises(ValueError, match="batch: expected 1 or more, got 0"):
         examine("mlp", measure_batch=0)
+
+
+def test_dense_is_measured_in_both_memory_formats(monkeypatch):
+    """The faster one counts, all directions together."""
+    formats = []
+
+    def times(module, x, density, unit, mode):
+        formats.append((mode, x.is_contiguous(), module.weight.is_contiguous()))
+        seconds = 1.0 if mode == "native" else 3.0 if x.is_contiguous() else 2.0
+        return dict.fromkeys(plan.DIRECTIONS, seconds * (1 if density <= 0.1 else 4)), True
+
+    monkeypatch.setattr(speed, "_times", times)
+    model = granet.sparsify(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 3)))
+    found = measure_layers(model, (4, 4, 4), {"0": 0.1, "2": 0.1}, Unstructured(), 2)
+    assert [each for each in formats if each[0] == "dense"] == [
+        ("dense", True, True),
+        ("dense", False, False),
+        ("dense", True, True),
+    ]
+    assert (found["0"].dense_seconds, found["0"].seconds, found["0"].speedup) == (6.0, 3.0, 2.0)
+    assert (found["2"].dense_seconds, found["2"].speedup) == (9.0, 3.0)
+
+
+def test_weights_are_zero_off_the_mask_while_dense_code_is_measured(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "_least", lambda call: (call(), 1.0)[1])
+    forward = granet.SparseLinear.forward
+
+    def watched(self, x):
+        seen.append(bool((self.weight * ~self.mask).any()))
+        return forward(self, x)
+
+    monkeypatch.setattr(granet.SparseLinear, "forward", watched)
+    layer = granet.sparsify(nn.Linear(20, 10))
+    speed._measure(layer, torch.randn(3, 20), 0.3, Unstructured())
+    assert seen
+    assert not any(seen)
