@@ -158,7 +158,7 @@ class Sparsifier:
         return self.layers[0].weight.device
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a layer: name, shape, granularity, nnz, numel, sparsity, implementation."""
+        """One row a layer: name, shape, granularity, nnz, numel, sparsity, and what runs how fast."""
         return report.rows(self.layers)
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ import granet_kernels
 from granet.granularity import Granularity, Unstructured
 from granet.masked import MaskedParameter
 from granet.modules import SparseLayer
+from granet.speed import break_even
 
 
 class Layer:
@@ -98,6 +99,12 @@ class Layer:
     def speedup(self) -> float | None:
         """Time of the dense products over that of what ran last, as measured; None while it is not known."""
         return granet_kernels.plan.speedup(self.mask) if isinstance(self.owner, SparseLayer) else None
+
+    @property
+    def break_even(self) -> float | None:
+        """The smallest sparsity at which native code is faster, by the times measured so far; None if none is known."""
+        times = granet_kernels.plan.times_by_density(self.mask) if isinstance(self.owner, SparseLayer) else None
+        return None if times is None or not times[1] else break_even(*times)
 
 
 def layer_offsets(layers: Sequence[Layer]) -> Tensor:

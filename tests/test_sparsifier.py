@@ -13,6 +13,8 @@ from granet.distribution import kept_units
 from granet.methods import GMP, ITOP, SET, GraNet, RigL, Static
 from granet_kernels import plan
 from granet_kernels.cpu_backend import library
+from granet_kernels.layout import bucket_of, layout_of
+from granet_kernels.plan_times import Times
 
 
 def make_model(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), **sparsify):
@@ -668,7 +670,7 @@ def test_the_table_lists_every_layer_and_the_sum():
     runs = "  dense" if library.unavailable() else ""  # without the library there is no choice to wait for
     assert str(sparsifier).splitlines() == [
         "Static at step 0: sparsity 75.00%, target 75.00%",
-        "layer  shape    granularity   kept  weights  sparsity  implementation  speed-up",
+        "layer  shape    granularity   kept  weights  sparsity  implementation  speed-up  wins from",
         "0      6x2x3x3  unstructured    27      108    75.00%" + runs,
         "4      4x96     unstructured    96      384    75.00%" + runs,
         "all                            123      492    75.00%",
@@ -684,6 +686,30 @@ def test_the_table_says_what_ran_and_how_fast():
             backward(model)
         assert [row["implementation"] for row in sparsifier.table()] == [name] * 2
         assert str(sparsifier).splitlines()[2].endswith(name)
+
+
+@pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+def test_the_table_says_from_where_on_native_code_wins_and_what_finding_out_has_cost(monkeypatch):
+    model, _, sparsifier = make(Static(sparsity=0.75, total_steps=1, distribution="uniform"))
+    with plan.use("native"):
+        backward(model)
+    for layer in sparsifier.layers:
+        for note in layout_of(layer.mask).last.values():
+            monkeypatch.setattr(note.site, "times", Times())
+    assert {row["break_even"] for row in sparsifier.table()} == {None}
+    for layer in sparsifier.layers:
+        for note in layout_of(layer.mask).last.values():
+            note.site.times.add("dense", note.bucket, 1.0)
+            note.site.times.add("native", note.bucket, 0.5)
+    assert {row["break_even"] for row in sparsifier.table()} == {0.5}  # twice the time at twice the density, at most
+    for layer in sparsifier.layers:
+        for note in layout_of(layer.mask).last.values():
+            note.site.times.add("native", bucket_of(0.5), 2.0)
+    assert [row["break_even"] for row in sparsifier.table()] == [pytest.approx(1 - (0.25 + 0.25 / 3))] * 2
+    with plan.use("measured"):
+        lines = str(sparsifier).splitlines()
+    assert [line.split()[-3:] for line in lines[2:4]] == [["native", "2.00x", "67%"]] * 2
+    assert lines[-1] == str(plan.summary())
 
 
 def test_the_dense_state_dict_hides_stored_values():

@@ -296,6 +296,6 @@ mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
 take_turns, record_turn = _plan.take_turns, _plan.record_turn
 agrees_on_dense, are_all_native = _plan.agrees_on_dense, _plan.are_all_native
-is_warm, note = plan_notes.is_warm, plan_notes.note
+is_warm, note, times_by_density = plan_notes.is_warm, plan_notes.note, plan_notes.times_by_density
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
 save, load, clear = _plan.save, _plan.set_mode, _plan.clear

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from granet_kernels.layout import SparseLayout, known_layout
+from granet_kernels.layout import SparseLayout, density_of, known_layout
 from granet_kernels.plan_times import DENSE, NATIVE, Site
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
@@ -58,3 +58,18 @@ def last_times(mask: Tensor) -> dict[str, tuple[str, float | None, float | None]
         way: (name, site.times.time(DENSE, bucket), site.times.time(name, bucket))
         for way, (site, name, bucket, _) in sorted(last.items(), key=lambda item: DIRECTIONS.index(item[0]))
     }
+
+
+def times_by_density(mask: Tensor) -> tuple[float, dict[float, float]] | None:
+    """Seconds of dense code, and of native code by density, where every direction that ran with this mask was measured.
+
+    Directions are summed. None while the dense time of one is not known.
+    """
+    layout = known_layout(mask)
+    times = [] if layout is None else [note.site.times for note in layout.last.values()]
+    dense = [each.time(DENSE, 0) for each in times]
+    if not times or None in dense:
+        return None
+    buckets = set.intersection(*(each.native_buckets() for each in times))
+    native = {density_of(bucket): sum(each.time(NATIVE, bucket) or 0.0 for each in times) for bucket in buckets}
+    return sum(seconds or 0.0 for seconds in dense), native

@@ -39,6 +39,10 @@ class Times:
         """The least sample, or None without any."""
         return min(self._window(implementation, bucket), default=None)
 
+    def native_buckets(self) -> set[int]:
+        """The densities at which native code was measured."""
+        return {bucket for bucket, window in list(self._native.items()) if window}
+
     def bounds(self, bucket: int) -> tuple[float, float]:
         """Between what the native time at a density lies, as far as times at other densities tell.
 
