@@ -8,6 +8,7 @@ from torch.library import opcheck
 import granet_kernels
 from granet_kernels.cpu_backend import library
 from granet_kernels.pool import max_pool_op
+from granet_kernels.reference import max_pool_backward_ref
 
 SHAPES = [(1, 1, 2, 2), (2, 3, 4, 4), (3, 5, 7, 9), (2, 2, 32, 32), (1, 3, 33, 66), (0, 3, 4, 4)]
 # Rows of half a vector of outputs or less, of whole vectors and with a rest, of planes together and one by one.
@@ -106,3 +107,13 @@ def test_opcheck():
 def test_bad_input(x, message):
     with pytest.raises(ValueError, match=message):
         granet_kernels.max_pool(x)
+
+
+@pytest.mark.parametrize("which", [torch.ones(1, 1, 1, 1, dtype=torch.uint8), torch.ones(2, 3, 2, 2)])
+def test_choices_that_do_not_fit_the_gradient_are_for_the_specification(which):
+    """torch.ops.granet.max_pool_backward takes anything, and the library reads as much as the gradient says."""
+    grad = torch.randn(2, 3, 2, 2)
+    got = torch.ops.granet.max_pool_backward(grad, which, 5, 4)
+    assert torch.equal(got, max_pool_backward_ref(grad, which, 5, 4))
+    with pytest.raises(RuntimeError):
+        torch.ops.granet.max_pool_backward(grad, which, 16, 16)

@@ -124,3 +124,34 @@ def test_without_the_library_the_reference_runs(available, monkeypatch):
     monkeypatch.setattr(library, "load", lambda: calls.append(None) or (native if available else None))
     assert torch.equal(topk_mask(scores, 100), expected)
     assert calls
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        ([torch.randn(10)], torch.tensor([3]), torch.tensor([0, 4]), None),
+        ([torch.randn(10)], torch.tensor([3]), torch.tensor([2, 10]), None),
+        ([torch.randn(10)], torch.tensor([2, 1]), torch.tensor([0, 4, 8]), None),
+        ([torch.randn(10)], torch.tensor([1, 2]), torch.tensor([0, 7, 10]), torch.ones(20, dtype=torch.bool)),
+    ],
+    ids=["short", "late", "short, two segments", "long eligible"],
+)
+def test_operands_that_do_not_fit_are_for_the_specification(operands):
+    """torch.ops.granet.topk_mask takes anything, and the library writes wherever the operands say."""
+    got = torch.ops.granet.topk_mask(*operands, False)
+    assert torch.equal(got, topk_mask_of_parts(*operands, False))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eligible"),
+    [
+        (torch.float16, None),
+        (torch.float32, torch.ones(3, dtype=torch.bool)),
+        (torch.float32, torch.ones(10)),
+    ],
+    ids=["half", "short", "float"],
+)
+def test_units_that_do_not_fit_are_refused_by_torch(dtype, eligible):
+    scores = torch.randn(10, dtype=dtype)
+    with pytest.raises((IndexError, RuntimeError)):
+        torch.ops.granet.topk_mask([scores], torch.tensor([3]), torch.tensor([0, 10]), eligible, False)

@@ -22,9 +22,9 @@ def topk_mask_cpu(
 ) -> Tensor:
     """What `topk_mask_of_parts` computes, without a copy of scores that are contiguous."""
     native = library.load()
-    if native is None:
-        return topk_mask_of_parts(scores, counts, offsets, eligible, absolute)
     bounds = offsets.tolist()
+    if native is None or not _is_for_library(scores, counts, bounds, eligible):
+        return topk_mask_of_parts(scores, counts, offsets, eligible, absolute)
     stretches = _stretches([part.numel() for part in scores], bounds)
     if stretches is None:
         scores = [torch.cat([part.reshape(-1) for part in scores])]
@@ -49,6 +49,20 @@ def topk_mask_cpu(
         )
     )
     return mask
+
+
+def _is_for_library(scores: Sequence[Tensor], counts: Tensor, bounds: Sequence[int], eligible: Tensor | None) -> bool:
+    """Whether the operands fit one another: the library reads and writes wherever they say. Our functions see to it,
+    torch.ops.granet.topk_mask takes anything."""
+    units = sum(part.numel() for part in scores)
+    return (
+        all(part.dtype == torch.float32 for part in scores)
+        and (eligible is None or (eligible.dtype == torch.bool and eligible.numel() == units))
+        and counts.numel() == len(bounds) - 1
+        and bounds[0] == 0
+        and bounds[-1] == units
+        and all(begin <= end for begin, end in pairwise(bounds))
+    )
 
 
 def _stretches(sizes: Sequence[int], bounds: Sequence[int]) -> list[Stretch] | None:
