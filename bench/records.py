@@ -7,7 +7,6 @@ import datetime
 import io
 import math
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from granet.files import write_text_atomically
+from granet_kernels.plan_files import processor
 
 RESULTS = Path(__file__).parent / "results"
 TIMES = ("ms_median", "ms_p20", "ms_p80")
@@ -26,23 +26,8 @@ Row = dict[str, Any]
 def machine() -> Row:
     """date (UTC), cpu and torch version: the same in all rows of a run."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {"date": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "cpu": cpu, "torch": torch.__version__}
-
-
-def _cpu_name() -> str:
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    if "cpu family" not in fields or "model" not in fields:
-        return fields["model name"]
-    return f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:

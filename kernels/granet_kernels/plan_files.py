@@ -18,6 +18,7 @@ from granet_kernels.cpu_backend import library
 FORMAT = 1  # of a fixed plan
 TIMES_FORMAT = 2
 _MOST_ENTRIES = 20_000  # of one machine; the oldest go first
+_MOST_MACHINES = 16  # every build of the kernels counts as one; those that were not written for longest go first
 
 Entries = dict[str, dict[str, Any]]
 Choices = dict[str, dict[int, str]]
@@ -40,7 +41,23 @@ def cache_path() -> Path | None:
 
 def machine() -> str:
     """What the times depend on besides shape and density: processor, instruction set, torch and the kernels."""
-    return f"{_processor()} {library.isa()}, torch {torch.__version__}, kernels {library.ABI_VERSION}"
+    return f"{processor()} {library.isa()}, torch {torch.__version__}, kernels {library.digest()}"
+
+
+def processor() -> str:
+    """The name of the processor; with family and model, as virtual machines call them all alike."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in fields or "model" not in fields:
+        return fields["model name"]
+    return f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
 
 
 def read_times(path: Path) -> Entries:
@@ -53,9 +70,9 @@ def write_times(path: Path, entries: Entries) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         machines = _read_cache(path)
-        merged = {**machines.get(machine(), {}), **entries}
+        merged = {**machines.pop(machine(), {}), **entries}
         machines[machine()] = dict(list(merged.items())[-_MOST_ENTRIES:])
-        _write(path, {"format": TIMES_FORMAT, "machines": machines})
+        _write(path, {"format": TIMES_FORMAT, "machines": dict(list(machines.items())[-_MOST_MACHINES:])})
     except OSError:
         return False
     return True
@@ -129,13 +146,3 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

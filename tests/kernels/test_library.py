@@ -26,7 +26,7 @@ needs_library = pytest.mark.skipif(library.unavailable() is not None, reason=str
 
 
 def _forget() -> None:
-    for cached in (library._found, library._switched_on, library._warn_once, library._has_openmp):
+    for cached in (library._found, library._switched_on, library._warn_once, library._has_openmp, library.digest):
         cached.cache_clear()
 
 
@@ -120,7 +120,10 @@ def test_library_that_does_not_fit_is_refused(environment, compiled, version, wi
 
 @needs_compiler
 def test_library_that_fits_is_taken_from_the_environment(environment, compiled):
+    own = library.digest()
     environment(GRANET_LIBRARY=str(compiled(_functions(library.ABI_VERSION))), GRANET_NATIVE="1")
+    assert len(library.digest()) == 8
+    assert library.digest() != own
     assert library.unavailable() is None
     assert library.load() is library.load()
 

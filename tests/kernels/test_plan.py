@@ -392,6 +392,18 @@ def test_the_cache_keeps_what_others_wrote(tmp_path):
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
+def test_another_build_of_the_kernels_has_times_of_its_own(tmp_path, monkeypatch):
+    cache = tmp_path / "plan.json"
+    for build in range(20):
+        monkeypatch.setattr(library, "digest", lambda build=build: f"{build:08x}")
+        assert plan_files.read_times(cache) == {}
+        assert plan_files.write_times(cache, {"a": {"dense": [1.0], "native": {}}})
+        assert plan_files.read_times(cache)
+    machines = list(json.loads(cache.read_text())["machines"])
+    assert len(machines) == 16
+    assert machines[-1].endswith("kernels 00000013")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -481,6 +493,18 @@ def test_many_threads_lose_nothing():
 
 
 needs_library = pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+
+
+@needs_library
+@pytest.mark.parametrize(("shape", "most"), [((20, 50), 0.3), ((20, 50, 1, 1), 0.5)])
+def test_the_rule_leaves_linear_layers_dense_for_longer_than_convolutions(shape, most):
+    x, weight = torch.randn(8, 50, *shape[2:]), torch.randn(shape)
+    op = granet_kernels.linear if len(shape) == 2 else granet_kernels.conv2d
+    for density, expected in ((most, NATIVE), (most + 0.05, DENSE)):
+        mask = mask_of(density).view(shape)
+        with plan.use("rule"):
+            op(x, weight, mask)
+        assert plan.report(mask)["forward"][0] == expected
 
 
 @needs_library

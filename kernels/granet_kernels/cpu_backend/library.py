@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
@@ -113,6 +114,15 @@ def isa() -> str:
     """The code that runs: "avx512", "avx2" or "portable"; "reference" without a library."""
     library, _ = _found()
     return "reference" if library is None else library.granet_isa().decode()
+
+
+@cache
+def digest() -> str:
+    """Eight hexadecimal digits that tell one build of the library from another; "none" without a library."""
+    path = _path()
+    if unavailable() is not None or path is None:
+        return "none"
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def threads() -> int:
