@@ -39,7 +39,7 @@ class Stage:
 
 RESNET50 = ["--layers", "resnet50-cifar", "--directions", "all", "--implementations", *DENSE, "granet", "granet-native"]
 STAGES = (
-    Stage("ops", 0.06, ["-m", "pytest", "-q", "bench/test_ops.py", "--benchmark-only"]),
+    Stage("ops", 0.06, ["-m", "pytest", "-q", "bench/test_ops.py", "bench/test_other_ops.py", "--benchmark-only"]),
     Stage("selection", 0.05, ["-m", "bench.topk", "--seconds", "{seconds}"]),
     Stage(
         "layers of VGG-19, and Linear",

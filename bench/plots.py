@@ -103,6 +103,26 @@ def save_split(splits: Mapping[str, Mapping[str, float]], path: Path, title: str
     _save(figure, path)
 
 
+def save_bars(panels: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
+    """Bars of milliseconds, ours in colour, one panel a task; nothing without panels."""
+    if not panels:
+        return
+    figure = _figure(4.8 * len(panels), 0.9 + 0.4 * max(map(len, panels.values())))
+    panes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (panel, times) in zip(panes, panels.items(), strict=True):
+        colours = [_COLOURS["granet"] if name.startswith("granet") else _GREY for name in times]
+        axes.barh(list(times), list(times.values()), color=colours, height=0.65)
+        for place, milliseconds in enumerate(times.values()):
+            axes.text(milliseconds, place, f" {milliseconds:.3g} ms", va="center", fontsize=8)
+        axes.set_xlim(0, max(times.values()) * 1.2)
+        axes.invert_yaxis()
+        axes.set_xlabel("ms")
+        axes.set_title(panel, loc="left", fontsize=11)
+        _plain(axes)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    _save(figure, path)
+
+
 def save_training(epochs: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
     """Images a second over the epochs of some runs; beside it sparsity, and the share of products computed natively."""
     figure = _figure(9.0, 3.6)

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 import granet_kernels
+from bench import plots
 from bench.options import Record, parser, positive
-from bench.records import MACHINE, RESULTS, TIMES, Row, markdown
+from bench.records import MACHINE, RESULTS, TIMES, Row, markdown, unique
 from bench.timing import Budget, Timing, alternate
 from bench.verify import WrongResultError
 from granet_kernels.reference import topk_mask_ref
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = measure(units, args.segments, record, args.rounds, budget.share())
         record.add(rows)
         print(f"{units:,} (ms): " + ", ".join(f"{r['implementation']} {r['ms_median']:.2f}" for r in rows), flush=True)
+    save_picture(record.rows, record.path.with_suffix(".png"))
     return record.finish(summary)
 
 
@@ -138,6 +141,15 @@ def _row(name: str, selection: Selection, units: int, times: dict[str, Timing]) 
         "speedup_over_numpy": None if peer is None else peer.median / times[name].median,
         "gbytes_per_s": 4 * units / times[name].median / 1e9,
     }
+
+
+def save_picture(rows: Sequence[Row], path: Path) -> None:
+    """Bars: milliseconds of each selection, one panel a number of units."""
+    panels = {
+        f"{units:,} scores": {row["implementation"]: row["ms_median"] for row in rows if row["units"] == units}
+        for units in unique(row["units"] for row in rows)
+    }
+    plots.save_bars(panels, path, f"a tenth selected, {rows[0]['threads']} threads" if rows else "")
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -325,6 +325,7 @@ class TestCommands:
         assert len(rows) == 2 * 7
         assert tuple(rows[0]) == topk.COLUMNS
         assert "granet, segments" in capsys.readouterr().out
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--sparsity", "1"], ["--sparsity", "x"], ["--thr", "1"]])
     def test_bad_arguments(self, arguments, capsys):
