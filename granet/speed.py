@@ -25,9 +25,10 @@ class LayerSpeed:
 
     Attributes:
         implementation: what would run: "native", "dense", or three by direction, "native/dense/native".
-        dense_seconds: dense forward, input gradient and weight gradient of one batch, in NCHW or channels_last, which
-            of them is faster.
-        seconds: the faster implementation in each direction, sparse code on images in NCHW.
+        dense_seconds: torch's layer, forward, input gradient and weight gradient of one batch, in NCHW or
+            channels_last, which of them is faster.
+        seconds: in NCHW, the faster of sparse and masked dense code in each direction; where that is no faster than
+            dense_seconds, those.
         break_even: the smallest sparsity at which native code is faster than dense; None if it never is.
     """
 
@@ -80,16 +81,16 @@ def break_even(dense: float, native: Mapping[float, float]) -> float | None:
 
     Args:
         dense: seconds at any density.
-        native: seconds by density, one or more. Of one, the line is that through 0: times grow no faster than that.
+        native: seconds by density, one or more, none of them 0. If native code wins at all of them it does so a while
+            beyond: times grow no faster than the density.
     Returns:
         A sparsity in [0, 1), or None if native code stays slower down to density 0, or was slower at the only density.
     """
     densities = sorted(native, reverse=True)
-    if len(densities) == 1:
-        (density,) = densities
-        return max(0.0, 1 - density * dense / native[density]) if native[density] < dense else None
     if native[densities[0]] < dense:
-        return 1 - densities[0]
+        return max(0.0, 1 - max(density * dense / native[density] for density in densities if native[density] < dense))
+    if len(densities) == 1:
+        return None
     for above, below in pairwise(densities):
         slope = (native[above] - native[below]) / (above - below)
         crossing = below + (dense - native[below]) / slope if slope > 0 else 0.0
@@ -100,52 +101,61 @@ def break_even(dense: float, native: Mapping[float, float]) -> float | None:
 
 def _measure(module: SparseLayer, x: Tensor, density: float, unit: Granularity) -> LayerSpeed:
     module = copy.deepcopy(module)
-    dense = _dense_times(module, x, density, unit)
+    best = _best_dense(module, x)
+    dense, _ = _masked_times(module, x, density, unit, "dense")
     native = {}
     for each in {density, *_DENSITIES}:
-        native[each], runs = _times(module, x, each, unit, "native")
+        native[each], runs = _masked_times(module, x, each, unit, "native")
         if not runs:  # e.g. a convolution with groups
-            return LayerSpeed("dense", sum(dense.values()), sum(dense.values()), None)
+            return LayerSpeed("dense", best, best, None)
     faster = {way: "native" if native[density][way] < dense[way] else "dense" for way in plan.DIRECTIONS}
     names = list(faster.values())
+    seconds = sum(min(dense[way], native[density][way]) for way in plan.DIRECTIONS)
+    if seconds >= best:
+        names, seconds = ["dense"], best
     return LayerSpeed(
         implementation=names[0] if len(set(names)) == 1 else "/".join(names),
-        dense_seconds=sum(dense.values()),
-        seconds=sum(min(dense[way], native[density][way]) for way in plan.DIRECTIONS),
-        break_even=break_even(sum(dense.values()), {each: sum(times.values()) for each, times in native.items()}),
+        dense_seconds=best,
+        seconds=seconds,
+        break_even=break_even(best, {each: sum(times.values()) for each, times in native.items()}),
     )
 
 
-def _dense_times(module: SparseLayer, x: Tensor, density: float, unit: Granularity) -> dict[str, float]:
-    """Seconds by direction, in the memory format that is the faster one for all of them together."""
-    found = [_times(module, x, density, unit, "dense")[0]]
+def _best_dense(module: SparseLayer, x: Tensor) -> float:
+    """Seconds of all directions together without a mask, in the memory format in which they are fewer."""
+    seconds = [sum(_times(module, x).values())]
     if x.dim() == 4:
         other = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        images = x.detach().contiguous(memory_format=torch.channels_last)
-        found.append(_times(other, images, density, unit, "dense")[0])
-    return min(found, key=lambda times: sum(times.values()))
+        seconds.append(sum(_times(other, x.detach().contiguous(memory_format=torch.channels_last)).values()))
+    return min(seconds)
 
 
-def _times(
+def _masked_times(
     module: SparseLayer, x: Tensor, density: float, unit: Granularity, mode: str
 ) -> tuple[dict[str, float], bool]:
-    """Seconds by direction, and whether the mode was obeyed. The weight is set to 0 off the mask, as in training."""
+    """`_times` with a mask, and whether the mode was obeyed. The weight becomes 0 off the mask, as in training."""
     mask = _mask(module, density, unit)
     with torch.no_grad():
         module.weight.normal_().masked_fill_(~mask, 0)
-    x.requires_grad_()
+    module.bind(mask, torch.zeros((), dtype=torch.bool))
     with plan.use(mode):
-        module.bind(mask, torch.zeros((), dtype=torch.bool))
-        y = module(x)
-        grad = torch.ones_like(y)
-        calls: dict[str, Callable[[], object]] = {
-            "forward": lambda: module(x),
-            "dgrad": lambda: torch.autograd.grad(y, x, grad, retain_graph=True),
-            "wgrad": lambda: torch.autograd.grad(y, module.weight, grad, retain_graph=True),
-        }
-        times = {way: _least(call) for way, call in calls.items()}
+        times = _times(module, x)
+    module.unbind()
     ran = plan.report(mask).values()
     return times, bool(ran) and all(name == mode for name, _ in ran)
+
+
+def _times(module: SparseLayer, x: Tensor) -> dict[str, float]:
+    """Seconds by direction."""
+    x.requires_grad_()
+    y = module(x)
+    grad = torch.ones_like(y)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: module(x),
+        "dgrad": lambda: torch.autograd.grad(y, x, grad, retain_graph=True),
+        "wgrad": lambda: torch.autograd.grad(y, module.weight, grad, retain_graph=True),
+    }
+    return {way: _least(call) for way, call in calls.items()}
 
 
 def _least(call: Callable[[], object]) -> float:

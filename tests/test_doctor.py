@@ -10,6 +10,7 @@ from granet.doctor import examine
 from granet.granularity import Unstructured
 from granet.speed import break_even, measure_layers
 from granet_kernels import plan
+from granet_kernels.layout import layout_of
 
 
 def test_resnet50_as_in_the_papers():
@@ -58,10 +59,21 @@ def test_bad_request_is_refused(arguments, message):
         ({1.0: 3.0, 0.5: 2.5}, None),
         ({1.0: 2.0, 0.5: 2.0}, None),
         ({0.25: 0.5}, 0.5),
+        ({0.25: 0.5, 0.28: 0.57}, 0.5),
         ({0.5: 0.25}, 0.0),
         ({0.5: 1.0}, None),
     ],
-    ids=["always", "between", "below", "never", "flat", "one density", "one of them at which it always wins", "slower"],
+    ids=[
+        "always",
+        "between",
+        "below",
+        "never",
+        "flat",
+        "one density",
+        "two of them",
+        "one of them at which it always wins",
+        "slower",
+    ],
 )
 def test_the_sparsity_from_which_native_code_wins(native, expected):
     assert break_even(1.0, native) == (None if expected is None else pytest.approx(expected))
@@ -99,24 +111,30 @@ def test_a_batch_without_images_is_refused():
 
 
 def test_dense_is_measured_in_both_memory_formats(monkeypatch):
-    """The faster one counts, all directions together."""
+    """The faster one counts, all directions together, and what is mixed with native code is in NCHW."""
     formats = []
 
-    def times(module, x, density, unit, mode):
-        formats.append((mode, x.is_contiguous(), module.weight.is_contiguous()))
-        seconds = 1.0 if mode == "native" else 3.0 if x.is_contiguous() else 2.0
-        return dict.fromkeys(plan.DIRECTIONS, seconds * (1 if density <= 0.1 else 4)), True
+    def times(module, x):
+        formats.append((plan.mode() if module.mask is not None else "torch", x.is_contiguous(), module.weight.stride()))
+        if module.mask is None:
+            return dict.fromkeys(plan.DIRECTIONS, 3.0 if x.is_contiguous() else 2.0)
+        if plan.mode() == "dense":
+            return {"forward": 4.0, "dgrad": 1.5, "wgrad": 4.0}
+        plan.note(site, "forward", layout_of(module.mask), "native")
+        return dict.fromkeys(plan.DIRECTIONS, 1.0 if module.mask.float().mean() < 0.2 else 4.0)
 
+    site = plan.site("of no op")
     monkeypatch.setattr(speed, "_times", times)
-    model = granet.sparsify(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 3)))
-    found = measure_layers(model, (4, 4, 4), {"0": 0.1, "2": 0.1}, Unstructured(), 2)
-    assert [each for each in formats if each[0] == "dense"] == [
-        ("dense", True, True),
-        ("dense", False, False),
-        ("dense", True, True),
+    model = granet.sparsify(nn.Sequential(nn.Conv2d(8, 10, 2), nn.Conv2d(10, 8, 2)))
+    found = measure_layers(model, (8, 4, 4), {"0": 0.1, "1": 0.5}, Unstructured(), 2)
+    assert formats[:3] == [
+        ("torch", True, (32, 4, 2, 1)),
+        ("torch", False, (32, 1, 16, 8)),
+        ("dense", True, (32, 4, 2, 1)),
     ]
-    assert (found["0"].dense_seconds, found["0"].seconds, found["0"].speedup) == (6.0, 3.0, 2.0)
-    assert (found["2"].dense_seconds, found["2"].speedup) == (9.0, 3.0)
+    assert {each[0] for each in formats} == {"torch", "dense", "native"}
+    assert (found["0"].dense_seconds, found["0"].seconds, found["0"].implementation) == (6.0, 3.0, "native")
+    assert (found["1"].dense_seconds, found["1"].seconds, found["1"].implementation) == (6.0, 6.0, "dense")
 
 
 def test_weights_are_zero_off_the_mask_while_dense_code_is_measured(monkeypatch):
@@ -125,7 +143,8 @@ def test_weights_are_zero_off_the_mask_while_dense_code_is_measured(monkeypatch)
     forward = granet.SparseLinear.forward
 
     def watched(self, x):
-        seen.append(bool((self.weight * ~self.mask).any()))
+        if self.mask is not None:
+            seen.append(bool((self.weight * ~self.mask).any()))
         return forward(self, x)
 
     monkeypatch.setattr(granet.SparseLinear, "forward", watched)
