@@ -64,5 +64,5 @@ def text(sparsifier: Sparsifier) -> str:
     title = (
         f"{method.name} at step {sparsifier.step:,}: sparsity {sparsifier.sparsity:.2%}, target {method.sparsity:.2%}"
     )
-    measures = plan.mode() == plan.MEASURED and any(layer.implementations for layer in sparsifier.layers)
+    measures = any(layer.implementations for layer in sparsifier.layers) and plan.mode() == plan.MEASURED
     return "\n".join([title, *body, *([str(plan.summary())] if measures else [])])

@@ -102,9 +102,13 @@ class Layer:
 
     @property
     def break_even(self) -> float | None:
-        """The smallest sparsity at which native code is faster, by the times measured so far; None if none is known."""
+        """The smallest sparsity from which on native code is faster, by the times measured so far; None while it was
+        at none of them."""
         times = granet_kernels.plan.times_by_density(self.mask) if isinstance(self.owner, SparseLayer) else None
-        return None if times is None or not times[1] else break_even(*times)
+        if times is None:
+            return None
+        dense, native = times
+        return break_even(dense, native) if any(seconds < dense for seconds in native.values()) else None
 
 
 def layer_offsets(layers: Sequence[Layer]) -> Tensor:

@@ -63,7 +63,7 @@ def last_times(mask: Tensor) -> dict[str, tuple[str, float | None, float | None]
 def times_by_density(mask: Tensor) -> tuple[float, dict[float, float]] | None:
     """Seconds of dense code, and of native code by density, where every direction that ran with this mask was measured.
 
-    Directions are summed. None while the dense time of one is not known.
+    Directions are summed, masks that keep nothing left out. None while the dense time of one is not known.
     """
     layout = known_layout(mask)
     times = [] if layout is None else [note.site.times for note in layout.last.values()]
@@ -72,4 +72,5 @@ def times_by_density(mask: Tensor) -> tuple[float, dict[float, float]] | None:
         return None
     buckets = set.intersection(*(each.native_buckets() for each in times))
     native = {density_of(bucket): sum(each.time(NATIVE, bucket) or 0.0 for each in times) for bucket in buckets}
+    native.pop(0.0, None)
     return sum(seconds or 0.0 for seconds in dense), native
