@@ -53,7 +53,7 @@ def conv2d(
     """``torch.nn.functional.conv2d`` with the sparse weight W = where(mask, weight, 0).
 
     The gradient of the weight is exactly zero off the mask unless dense_wgrad is true when the backward pass runs; see
-    ``granet_kernels.linear``, also for FLOP counts. The result is channels_last if x or weight is.
+    ``granet_kernels.linear``, also for FLOP counts and NaN. The result is channels_last if x or weight is.
 
     Args:
         x: (n, in, h, w) or (in, h, w); float32, float64, bfloat16 or float16.

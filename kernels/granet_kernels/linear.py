@@ -45,6 +45,9 @@ def linear(
     tensor so that compiled code reads it at run time and is not compiled anew. (Code compiled by torch.compile holds
     the flag as it holds any saved tensor: set it before the forward pass.)
 
+    NaN and inf reach all that kept weights bring them to. At dropped positions sparse code reads nothing, while dense
+    code multiplies by 0, and 0 times NaN or inf is NaN: they show in more outputs where the plan is dense.
+
     Under torch.utils.flop_counter the ops count as dense ones, 2 n·in·out: a formula sees shapes, not masks.
 
     Args:

@@ -41,7 +41,8 @@ def cache_path() -> Path | None:
 
 def machine() -> str:
     """What the times depend on besides shape and density: processor, instruction set, torch and the kernels."""
-    return f"{processor()} {library.isa()}, torch {torch.__version__}, kernels {library.digest()}"
+    kernels = f"kernels {library.ABI_VERSION} {library.digest()}"
+    return f"{processor()} {library.isa()}, torch {torch.__version__}, {kernels}"
 
 
 def processor() -> str:

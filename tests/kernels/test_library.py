@@ -26,7 +26,7 @@ needs_library = pytest.mark.skipif(library.unavailable() is not None, reason=str
 
 
 def _forget() -> None:
-    for cached in (library._found, library._switched_on, library._warn_once, library._has_openmp, library.digest):
+    for cached in (library._found, library._switched_on, library._warn_once, library._has_openmp):
         cached.cache_clear()
 
 

@@ -16,7 +16,7 @@ from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -116,13 +116,10 @@ def isa() -> str:
     return "reference" if library is None else library.granet_isa().decode()
 
 
-@cache
 def digest() -> str:
     """Eight hexadecimal digits that tell one build of the library from another; "none" without a library."""
-    path = _path()
-    if unavailable() is not None or path is None:
-        return "none"
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+    library, _ = _found()
+    return "none" if library is None else str(library.granet_digest)
 
 
 def threads() -> int:
@@ -220,9 +217,11 @@ def _path() -> Path | None:
 
 def _open(path: Path) -> ctypes.CDLL:
     """Load a library and declare its functions; ImportError unless it fits this version of granet."""
+    library: Any
     try:
         _provide_openmp()
         library = ctypes.CDLL(str(path))
+        library.granet_digest = f"{zlib.crc32(path.read_bytes()):08x}"
     except OSError as error:
         raise ImportError(str(error)) from None
     for name, (result, arguments) in SIGNATURES.items():
@@ -234,7 +233,7 @@ def _open(path: Path) -> ctypes.CDLL:
             raise ImportError(
                 f"{path}: expected version {ABI_VERSION}, got {function()}; install granet again to build it anew"
             )
-    return library
+    return cast(ctypes.CDLL, library)
 
 
 def _provide_openmp() -> None:

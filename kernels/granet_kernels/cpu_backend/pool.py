@@ -27,10 +27,10 @@ def _max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
 @max_pool_backward_op.register_kernel("cpu")
 def _max_pool_backward(grad: Tensor, which: Tensor, h: int, w: int) -> Tensor:
     native = library.load()
-    n, c = grad.shape[:2]
-    fits = which.dtype == torch.uint8 and which.shape == grad.shape == (n, c, h // 2, w // 2)
+    fits = which.dtype == torch.uint8 and which.shape == grad.shape == (*grad.shape[:2], h // 2, w // 2)
     if native is None or grad.dtype != torch.float32 or not fits:
         return max_pool_backward_ref(grad, which, h, w)
+    n, c = grad.shape[:2]
     grad, which = grad.contiguous(), which.contiguous()
     x_grad = memory.empty((n, c, h, w))
     library.check(
