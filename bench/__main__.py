@@ -75,7 +75,7 @@ SUMMARIES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python -m bench", description=__doc__, allow_abbrev=False)
-    options.add_argument("--seconds", type=positive, default=560, metavar="S", help="for all measuring (default 560)")
+    options.add_argument("--seconds", type=positive, default=480, metavar="S", help="for all measuring (default 480)")
     args = options.parse_args(argv)
     start = machine()
     status = 0

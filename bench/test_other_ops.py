@@ -43,8 +43,9 @@ def with_gradients(op, *operands):
 
 
 def check(mine, theirs, tolerance):
+    """All results together, as rounding may decide whether a ReLU passes single values."""
     for value, expected in zip(mine(), theirs(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+        assert float((value.double() - expected).norm()) <= tolerance * float(expected.double().norm())
 
 
 @pytest.mark.parametrize("implementation", ["torch", "granet"])
@@ -58,7 +59,7 @@ def test_norm(benchmark, device, shape, implementation):
         "torch": with_gradients(lambda x, g, b: F.relu(F.batch_norm(x, None, None, g, b, training=True)), *operands),
         "granet": with_gradients(lambda x, g, b: granet_kernels.norm(x, g, b, relu=True)[0], *operands),
     }
-    check(runs["granet"], runs["torch"], 1e-5)
+    check(runs["granet"], runs["torch"], 1e-3)
     timed(benchmark, runs[implementation], device)
 
 
@@ -77,78 +78,85 @@ def test_max_pool(benchmark, device, shape, implementation):
     timed(benchmark, runs[implementation], device)
 
 
+def scores_of_layers(device):
+    """(LAYERS, 65536) float32, no two of the same magnitude."""
+    ranks = torch.randperm(LAYERS * 2**16, device=device).view(LAYERS, -1) + 1.0
+    return torch.where(torch.rand_like(ranks) < 0.5, ranks, -ranks)
+
+
 @pytest.mark.parametrize("implementation", ["torch.topk", "granet"])
 @pytest.mark.parametrize("op", ["topk_mask", "drop", "grow"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_selection_by_layer(benchmark, device, op, implementation):
     """A tenth kept of each of 16 layers of 64k weights; drop and grow exchange a third of that."""
-    benchmark.group = f"{op} in {LAYERS} layers of 65,536 weights, {device}"
+    benchmark.group = f"{op} in {LAYERS} layers of 65,536 weights, by magnitude, {device}"
     torch.manual_seed(0)
-    weights = torch.randn(LAYERS, 2**16, device=device)
+    weights = scores_of_layers(device)
     scores, bounds = weights.view(-1), [2**16 * i for i in range(LAYERS + 1)]
     few, some = 2**16 // 30, 2**16 // 10
     kept = granet_kernels.topk_mask(scores, some, bounds, absolute=True)
-    size = weights.abs()
-    within, outside = size.masked_fill(~kept.view(size.shape), -1), size.masked_fill(kept.view(size.shape), -1)
+    rows = kept.view(LAYERS, -1)
 
-    def by_torch(values, count):
-        def run():
-            return torch.zeros_like(values, dtype=torch.bool).scatter_(1, values.topk(count).indices, True).view(-1)
-
-        return run
+    def by_torch(sizes, count):
+        chosen = torch.zeros_like(sizes, dtype=torch.bool)
+        return chosen.scatter_(1, sizes.topk(count, sorted=False).indices, True)
 
     runs = {
         "topk_mask": (
-            by_torch(size, some),
+            lambda: by_torch(weights.abs(), some),
             lambda: granet_kernels.topk_mask(scores, some, bounds, absolute=True),
         ),
         "drop": (
-            by_torch(within, some - few),
+            lambda: by_torch(weights.abs().masked_fill_(~rows, -1), some - few),
             lambda: granet_kernels.drop(scores, kept, few, bounds, absolute=True),
         ),
         "grow": (
-            lambda: by_torch(outside, few)() | kept,
+            lambda: by_torch(weights.abs().masked_fill_(rows, -1), few).logical_or_(rows),
             lambda: granet_kernels.grow(scores, kept, few, bounds, absolute=True),
         ),
     }
     theirs, mine = runs[op]
-    assert torch.equal(mine(), theirs())
+    assert torch.equal(mine(), theirs().view(-1))
     timed(benchmark, mine if implementation == "granet" else theirs, device)
 
 
 @pytest.mark.parametrize("implementation", ["by hand", "granet"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_update_of_all_masks(benchmark, device, implementation):
-    """16 layers of 64k weights with momentum, a tenth of each kept: 30 % of that exchanged."""
+    """16 layers of 64k weights with momentum, a tenth of each kept: 30 % of that exchanged, in place."""
     benchmark.group = f"an update of {LAYERS} masks, {device}"
     torch.manual_seed(0)
-    weights = list(torch.randn(LAYERS, 2**16, device=device).unbind())
-    growth = list(torch.randn(LAYERS, 2**16, device=device).unbind())
-    momenta = list(torch.randn(LAYERS, 2**16, device=device).unbind())
+    weights, growth, momenta = (list(scores_of_layers(device).unbind()) for _ in range(3))
     masks = [granet_kernels.topk_mask(weight, 2**16 // 10, absolute=True) for weight in weights]
 
-    def mine():
-        kept, own, state = ([part.clone() for part in parts] for parts in (masks, weights, momenta))
-        granet_kernels.update_masks_(kept, own, growth, [[each] for each in state], [[0.0]] * LAYERS, ratio=0.3)
-        return kept, own, state
+    def operands():
+        return [[part.clone() for part in parts] for parts in (masks, weights, momenta)]
 
-    def by_hand():
-        kept, own, state = ([part.clone() for part in parts] for parts in (masks, weights, momenta))
-        for mask, weight, gradient, momentum in zip(kept, own, growth, state, strict=True):
-            before, count = mask.clone(), int(mask.sum())
-            moved = int(0.3 * count)
-            lowest = weight.abs().masked_fill(~mask, float("inf")).topk(moved, largest=False).indices
+    def mine(masks, weights, momenta):
+        granet_kernels.update_masks_(masks, weights, growth, [[each] for each in momenta], [[0.0]] * LAYERS, ratio=0.3)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def by_hand(masks, weights, momenta):
+        for mask, weight, gradient, momentum in zip(masks, weights, growth, momenta, strict=True):
+            before = mask.clone()
+            moved = int(0.3 * int(mask.count_nonzero()))
+            lowest = weight.abs().masked_fill_(~mask, float("inf")).topk(moved, largest=False, sorted=False).indices
             mask[lowest] = False
-            highest = gradient.abs().masked_fill(mask, -1).topk(moved).indices
-            mask[highest] = True
+            mask[gradient.abs().masked_fill_(mask, -1).topk(moved, sorted=False).indices] = True
             restart = ~(before & mask)
             weight.masked_fill_(restart, 0)
             momentum.masked_fill_(restart, 0)
-        return kept, own, state
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    for got, expected in zip(mine(), by_hand(), strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-    timed(benchmark, mine if implementation == "granet" else by_hand, device)
+    updated, expected = operands(), operands()
+    mine(*updated)
+    by_hand(*expected)
+    for got, right in zip(updated, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(got, right, strict=True))
+    run = mine if implementation == "granet" else by_hand
+    benchmark.pedantic(run, setup=lambda: (operands(), {}), rounds=7, warmup_rounds=1)
 
 
 @pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
@@ -165,5 +173,7 @@ def test_index_of_a_mask(benchmark, implementation):
         assert layout.native
         return layout
 
-    assert build().nnz == int(mask.sum())
+    first = build()
+    assert first.nnz == int(mask.sum())
+    assert build() is not first
     timed(benchmark, build if implementation == "granet" else mask.nonzero, "cpu")
