@@ -1,5 +1,5 @@
 # Every verb sets up what it needs: a Python >= 3.10 and make are enough.
-#   make demo          train GraNet .5 -> .9 on the embedded digits, in about a minute
+#   make demo          train GraNet .5 -> .9 on the embedded digits, in half a minute once it is set up
 #   make test          lint, types and tests, in a virtual environment of its own
 #   make bench         every benchmark, dense and sparse side by side, in under 20 minutes; results in bench/results
 #   make test-oldest   the tests on the oldest supported torch  (PYTHON_OLDEST, default python3.10)
