@@ -132,9 +132,11 @@ def test_without_the_library_the_reference_runs(available, monkeypatch):
         ([torch.randn(10)], torch.tensor([3]), torch.tensor([0, 4]), None),
         ([torch.randn(10)], torch.tensor([3]), torch.tensor([2, 10]), None),
         ([torch.randn(10)], torch.tensor([2, 1]), torch.tensor([0, 4, 8]), None),
+        ([torch.randn(10)], torch.tensor([-1]), torch.tensor([0, 10]), None),
+        ([torch.randn(0)], torch.tensor([], dtype=torch.int64), torch.tensor([0]), None),
         ([torch.randn(10)], torch.tensor([1, 2]), torch.tensor([0, 7, 10]), torch.ones(20, dtype=torch.bool)),
     ],
-    ids=["short", "late", "short, two segments", "long eligible"],
+    ids=["short", "late", "short, two segments", "negative", "no segment", "long eligible"],
 )
 def test_operands_that_do_not_fit_are_for_the_specification(operands):
     """torch.ops.granet.topk_mask takes anything, and the library writes wherever the operands say."""

@@ -59,7 +59,7 @@ def _is_for_library(scores: Sequence[Tensor], counts: Tensor, bounds: Sequence[i
         all(part.dtype == torch.float32 for part in scores)
         and (eligible is None or (eligible.dtype == torch.bool and eligible.numel() == units))
         and counts.numel() == len(bounds) - 1
-        and min(counts.tolist()) >= 0
+        and all(count >= 0 for count in counts.tolist())
         and bounds[0] == 0
         and bounds[-1] == units
         and all(begin <= end for begin, end in pairwise(bounds))
