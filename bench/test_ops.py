@@ -19,8 +19,8 @@ def relative_error(got, expected):
 
 
 def synchronized(function, device):
-    def run():
-        result = function()
+    def run(*operands):
+        result = function(*operands)
         if device == "cuda":
             torch.cuda.synchronize()
         return result
@@ -28,14 +28,15 @@ def synchronized(function, device):
     return run
 
 
-def forward_backward(op, x, weight):
-    """Zero-argument function that returns the output and both gradients."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    gradient = torch.randn_like(op(x, weight))
+def forward_backward(op, *operands):
+    """Zero-argument function that returns the output and the gradients of all operands; every op gets the same."""
+    leaves = [operand.detach().requires_grad_() for operand in operands]
+    y = op(*leaves)
+    gradient = torch.randn(y.shape, device=y.device, generator=torch.Generator(y.device).manual_seed(1))
 
     def run():
-        y = op(x, weight)
-        return (y.detach(), *torch.autograd.grad(y, (x, weight), gradient))
+        y = op(*leaves)
+        return (y.detach(), *torch.autograd.grad(y, leaves, gradient))
 
     run.gradient = gradient
     return run

@@ -9,73 +9,40 @@ import torch
 import torch.nn.functional as F
 
 import granet_kernels
+from bench.test_ops import DEVICES, forward_backward, relative_error, synchronized
 from granet_kernels.cpu_backend import library
 from granet_kernels.layout import layout_of
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 IMAGES = {"64-32x32": (128, 64, 32, 32), "512-2x2": (128, 512, 2, 2)}
 LAYERS = 16
 
 
-def timed(benchmark, function, device):
-    """Seven rounds, after one that does not count; the result of the last."""
-
-    def run():
-        result = function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return benchmark.pedantic(run, rounds=7, warmup_rounds=1)
-
-
-def with_gradients(op, *operands):
-    """Zero-argument function that returns the output and the gradients of all operands; every op gets the same."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    generator = torch.Generator(leaves[0].device).manual_seed(1)
-    gradient = torch.randn(op(*leaves).shape, device=leaves[0].device, generator=generator)
-
-    def run():
-        y = op(*leaves)
-        return (y.detach(), *torch.autograd.grad(y, leaves, gradient))
-
-    return run
-
-
-def check(mine, theirs, tolerance):
-    """All results together, as rounding may decide whether a ReLU passes single values."""
-    for value, expected in zip(mine(), theirs(), strict=True):
-        assert float((value.double() - expected).norm()) <= tolerance * float(expected.double().norm())
+# torch's, ours, how many parameters a channel has, and the error: rounding may decide whether a ReLU passes single
+# values, while a maximum is exact.
+IMAGE_OPS = {
+    "batch norm and ReLU": (
+        lambda x, g, b: F.relu(F.batch_norm(x, None, None, g, b, training=True)),
+        lambda x, g, b: granet_kernels.norm(x, g, b, relu=True)[0],
+        2,
+        1e-3,
+    ),
+    "max-pooling 2x2": (lambda x: F.max_pool2d(x, 2), granet_kernels.max_pool, 0, 0),
+}
 
 
 @pytest.mark.parametrize("implementation", ["torch", "granet"])
 @pytest.mark.parametrize("shape", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("op", IMAGE_OPS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_norm(benchmark, device, shape, implementation):
-    benchmark.group = f"batch norm and ReLU, {shape} {device} float32, forward + backward"
+def test_images(benchmark, device, op, shape, implementation):
+    benchmark.group = f"{op}, {shape} {device} float32, forward + backward"
     torch.manual_seed(0)
-    operands = (torch.randn(shape, device=device), *torch.rand(2, shape[1], device=device).unbind())
-    runs = {
-        "torch": with_gradients(lambda x, g, b: F.relu(F.batch_norm(x, None, None, g, b, training=True)), *operands),
-        "granet": with_gradients(lambda x, g, b: granet_kernels.norm(x, g, b, relu=True)[0], *operands),
-    }
-    check(runs["granet"], runs["torch"], 1e-3)
-    timed(benchmark, runs[implementation], device)
-
-
-@pytest.mark.parametrize("implementation", ["torch", "granet"])
-@pytest.mark.parametrize("shape", IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_max_pool(benchmark, device, shape, implementation):
-    benchmark.group = f"max-pooling 2x2, {shape} {device} float32, forward + backward"
-    torch.manual_seed(0)
-    x = torch.randn(shape, device=device)
-    runs = {
-        "torch": with_gradients(lambda x: F.max_pool2d(x, 2), x),
-        "granet": with_gradients(granet_kernels.max_pool, x),
-    }
-    check(runs["granet"], runs["torch"], 0)
-    timed(benchmark, runs[implementation], device)
+    theirs, mine, parameters, tolerance = IMAGE_OPS[op]
+    operands = (torch.randn(shape, device=device), *torch.rand(parameters, shape[1], device=device).unbind())
+    runs = {"torch": forward_backward(theirs, *operands), "granet": forward_backward(mine, *operands)}
+    for value, expected in zip(runs["granet"](), runs["torch"](), strict=True):
+        assert relative_error(value, expected.double()) <= tolerance
+    benchmark.pedantic(synchronized(runs[implementation], device), rounds=7, warmup_rounds=1)
 
 
 def scores_of_layers(device):
@@ -117,7 +84,8 @@ def test_selection_by_layer(benchmark, device, op, implementation):
     }
     theirs, mine = runs[op]
     assert torch.equal(mine(), theirs().view(-1))
-    timed(benchmark, mine if implementation == "granet" else theirs, device)
+    run = synchronized(mine if implementation == "granet" else theirs, device)
+    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("implementation", ["by hand", "granet"])
@@ -134,8 +102,6 @@ def test_update_of_all_masks(benchmark, device, implementation):
 
     def mine(masks, weights, momenta):
         granet_kernels.update_masks_(masks, weights, growth, [[each] for each in momenta], [[0.0]] * LAYERS, ratio=0.3)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     def by_hand(masks, weights, momenta):
         for mask, weight, gradient, momentum in zip(masks, weights, growth, momenta, strict=True):
@@ -147,15 +113,13 @@ def test_update_of_all_masks(benchmark, device, implementation):
             restart = ~(before & mask)
             weight.masked_fill_(restart, 0)
             momentum.masked_fill_(restart, 0)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     updated, expected = operands(), operands()
     mine(*updated)
     by_hand(*expected)
     for got, right in zip(updated, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(got, right, strict=True))
-    run = mine if implementation == "granet" else by_hand
+    run = synchronized(mine if implementation == "granet" else by_hand, device)
     benchmark.pedantic(run, setup=lambda: (operands(), {}), rounds=7, warmup_rounds=1)
 
 
@@ -176,4 +140,4 @@ def test_index_of_a_mask(benchmark, implementation):
     first = build()
     assert first.nnz == int(mask.sum())
     assert build() is not first
-    timed(benchmark, build if implementation == "granet" else mask.nonzero, "cpu")
+    benchmark.pedantic(build if implementation == "granet" else mask.nonzero, rounds=7, warmup_rounds=1)

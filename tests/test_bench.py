@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import bench.__main__ as everything
-from bench import layers, peers, plots, records, split, step_models, step_time, timing, topk, training
+from bench import held, layers, peers, plots, records, split, step_models, step_time, timing, topk, training
 from bench.layer_sets import LayerShape, layer_set
 from bench.memory import peak_bytes
 from bench.options import Record
 from bench.verify import WrongResultError, check_close, check_zero_off
 from granet import native
+from granet_kernels.cpu_backend import library
 
 REQUIRED = {
     *("model", "batch", "dtype", "threads", "sparsity", "granularity", "implementation"),
@@ -326,6 +327,15 @@ class TestCommands:
         assert tuple(rows[0]) == topk.COLUMNS
         assert "granet, segments" in capsys.readouterr().out
         assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.skipif(library.unavailable() is not None, reason="no native library")
+    def test_held(self, capsys):
+        assert held.main(["--model", "resnet20", "--sparsity", "0.9", "0.98"]) == 0
+        dense, sparse = (
+            [float(cell) for cell in line.split("|")[3:5]] for line in capsys.readouterr().out.splitlines()[2:]
+        )
+        assert dense[0] == sparse[0] == 0.3  # 268,336 weights, a byte each
+        assert dense[1] > 3 * sparse[1] > 0
 
     @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--sparsity", "1"], ["--sparsity", "x"], ["--thr", "1"]])
     def test_bad_arguments(self, arguments, capsys):
