@@ -11,6 +11,7 @@ import torch
 import granet
 from bench.options import model, sparsity
 from bench.records import markdown, percent
+from bench.step_models import Setting, check_image_size
 from granet.methods import Static
 from granet.models import create_model
 from granet_kernels import plan
@@ -25,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse_args(argv)
     if library.unavailable() is not None:
         options.error(f"there is no index: {library.unavailable()}")
+    try:
+        for name in args.model:
+            check_image_size(Setting(name, batch=2))
+    except ValueError as error:
+        options.error(str(error))
     lines = []
     for name in args.model:
         for level in args.sparsity:

@@ -336,6 +336,9 @@ class TestCommands:
         )
         assert dense[0] == sparse[0] == 0.3  # 268,336 weights, a byte each
         assert dense[1] > 3 * sparse[1] > 0
+        with pytest.raises(SystemExit):
+            held.main(["--model", "mlp"])
+        assert "mlp does not take images of 32x32 pixels" in capsys.readouterr().err
 
     @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--sparsity", "1"], ["--sparsity", "x"], ["--thr", "1"]])
     def test_bad_arguments(self, arguments, capsys):
