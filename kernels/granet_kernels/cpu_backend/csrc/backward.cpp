@@ -5,6 +5,7 @@
 
 #include "direct.h"
 #include "dots.h"
+#include "near.h"
 #include "pixels.h"
 #include "sums.h"
 #include "tiles.h"
@@ -29,11 +30,6 @@ struct Shared {
         return has_one_phase(dgrad) && has_one_phase(wgrad) && holds_all(dgrad.y) && holds_all(dgrad.x) &&
                dgrad.groups == wgrad.groups && dgrad.bands() == 1 && wgrad.bands() == 1 &&
                dgrad.is_supported(dgrad.rows * dgrad.region_bytes() + wgrad.panel_bytes()) && wgrad.is_supported(0);
-    }
-    // Whether the threads can share the panels, and end at about the same time: reading once saves 15 % at best.
-    static bool is_even(const Cut& cut, int threads) {
-        const int64_t rounds = (cut.chunks + threads - 1) / threads;
-        return cut.splits == 1 && 8 * rounds * threads <= 9 * cut.chunks;
     }
     static bool has_one_phase(const Geometry& g) {
         return g.y.source_phases * g.y.target_phases * g.x.source_phases * g.x.target_phases == 1;
@@ -65,13 +61,20 @@ struct Problem {
     bool is_same;  // for each of them alone
 };
 
+// Whether both are computed image by image, from one copy of the incoming gradient.
+bool is_near(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
+    return layout->nnz() > 0 && p.c.n > 0 && near_applies(k, p.c, p.dx.data(), p.g.data()) &&
+           near_applies(k, p.c, p.x.data(), p.g.data()) && near_reads_once(*layout, p.c, threads);
+}
+
 // What both gradients share, or nothing where each is better off alone.
 std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
     if (layout->nnz() == 0 || p.c.n == 0 || !p.is_same || direct_applies(k, p.c, p.dx.data(), p.g.data()) ||
-        direct_applies(k, p.c, p.x.data(), p.g.data()))
+        direct_applies(k, p.c, p.x.data(), p.g.data()) || near_applies(k, p.c, p.dx.data(), p.g.data()) ||
+        near_applies(k, p.c, p.x.data(), p.g.data()))
         return std::nullopt;
     std::optional<Shared> shared(std::in_place, k, layout, p.c);
-    if (!shared->one_panel() || !Shared::is_even(cut_of(*layout, shared->wgrad.panels(), threads), threads))
+    if (!shared->one_panel() || !is_even(cut_of(*layout, shared->wgrad.panels(), threads), threads))
         shared.reset();
     return shared;
 }
@@ -110,6 +113,11 @@ int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const
     return guarded([&]() -> int {
         const KernelSet& k = kernels();
         const Problem p(*conv, g_strides, x_strides, dx_strides);
+        if (is_near(k, layout, p, threads)) {
+            backward_near(k, layout, p.c, Images{g, p.g.data(), p.c.n}, Images{x, p.x.data(), p.c.n}, weight, dx,
+                          p.dx.data(), dw, threads);
+            return GRANET_OK;
+        }
         if (const auto shared = find_shared(k, layout, p, threads)) {
             const Operands o{{g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx, p.dx.data(), dw};
             run_shared(k, layout, *shared, o, threads);
@@ -124,7 +132,8 @@ int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* conv, con
                              const int64_t x_strides[4], const int64_t dx_strides[4], int threads) {
     using namespace granet;
     try {
-        return find_shared(kernels(), layout, Problem(*conv, g_strides, x_strides, dx_strides), threads).has_value();
+        const Problem p(*conv, g_strides, x_strides, dx_strides);
+        return is_near(kernels(), layout, p, threads) || find_shared(kernels(), layout, p, threads).has_value();
     } catch (const std::exception&) {
         return 0;
     }

@@ -13,6 +13,15 @@ namespace granet {
 constexpr int64_t ORDERED = 32;
 static_assert(ORDERED <= 256);  // a place in a group is a byte
 
+// A tap of a 3 x 3 kernel on rows of pixels, see near.inl: where it reads, in bytes from the pixel that is the tile's
+// first, less its number; and which lanes it reads of a vector at the left of its row, between, at the right, or alone.
+using LaneMask = uint16_t;
+struct Tap {
+    ptrdiff_t shift;
+    LaneMask mask[4];
+};
+constexpr int32_t TAP_UNIT = 16;  // bytes: the offset of an entry is a multiple, plus the number of its tap
+
 // out[a][b] (+)= sum_j value[j] * source[offset[j] + a * source_pitch + b vectors], for each row of the weight.
 // Offsets and pitches are in bytes. Row r owns the entries [ptr[r], ptr[r + 1]) and writes to out + r * out_row.
 //
@@ -30,6 +39,9 @@ struct TileArgs {
     bool accumulate;    // add to what `out` holds, not to bias
     char* out;
     ptrdiff_t out_row, out_pitch, out_step;  // of a row of the weight, of a, of b
+    const Tap* taps;                         // by number
+    const char* ahead;   // what is read next: so many bytes are prefetched in each row
+    int64_t ahead_step;
 };
 
 // sum[j] += sum over the tile of gradient[row of j] * source[offset[j]].
@@ -43,6 +55,9 @@ struct DotArgs {
     const uint8_t* order;  // as above
     int64_t rows;
     float* sum;
+    const Tap* taps;
+    const char* ahead;
+    int64_t ahead_step;
 };
 
 // Kernels for 3 x 3 convolutions of whole images, `side` pixels wide and high, `groups` vectors a pixel: see whole.inl.
@@ -51,6 +66,13 @@ constexpr int WHOLE_TAPS = 9;
 struct WholeKernel {
     int side, groups;
     void (*tile)(const TileArgs&);  // NULL: too few registers
+    void (*dot)(const DotArgs&);
+};
+
+// Kernels for 3 x 3 convolutions of images `width` pixels wide, `height` rows at a time.
+struct NearKernel {
+    int width, height;
+    void (*tile)(const TileArgs&);
     void (*dot)(const DotArgs&);
 };
 
@@ -114,6 +136,12 @@ struct KernelSet {
     const WholeKernel* find_whole(int64_t side, int groups) const {
         for (const WholeKernel& each : whole)
             if (each.side == side && each.groups == groups) return &each;
+        return nullptr;
+    }
+    NearKernel near[3];  // of width 0 where there is none
+    const NearKernel* find_near(int64_t h, int64_t w) const {
+        for (const NearKernel& each : near)
+            if (each.width == w && h % each.height == 0) return &each;
         return nullptr;
     }
     void (*pack_pixels)(const float* image, ptrdiff_t lane, int valid, int64_t count, ptrdiff_t next, char* panel,

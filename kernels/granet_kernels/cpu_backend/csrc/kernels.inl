@@ -184,6 +184,9 @@ void shared_dot(const DotArgs& args) {
 }
 
 #include "whole.inl"
+#if defined(GRANET_LANE_MASKS)
+#include "near.inl"
+#endif
 
 // Asks for `rows` lines that a later call to transpose will read.
 inline void prefetch(const float* in, ptrdiff_t stride, int rows) {
@@ -321,6 +324,11 @@ KernelSet make_set() {
     set.whole[2] = whole_kernel<2, 2>();
     set.whole[3] = whole_kernel<2, 3>();
     set.whole[4] = whole_kernel<2, 4>();
+#if defined(GRANET_LANE_MASKS)
+    set.near[0] = {LANES, 16, near_tile<16, 1>, near_dot<16, 1>};
+    set.near[1] = {2 * LANES, 8, near_tile<8, 2>, near_dot<8, 2>};
+    set.near[2] = {4 * LANES, 4, near_tile<4, 4>, near_dot<4, 4>};
+#endif
     set.pack_pixels = pack_pixels;
     set.pack_channels = pack_channels;
     set.unpack = unpack;

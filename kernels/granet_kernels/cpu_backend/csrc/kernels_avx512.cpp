@@ -93,7 +93,11 @@ inline Four sums4(Vec va, Vec vb, Vec vc, Vec vd) {
     return (Four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+inline Vec load_masked(const float* from, LaneMask mask) { return (Vec)_mm512_maskz_loadu_ps(mask, from); }
+
+#define GRANET_LANE_MASKS
 #include "kernels.inl"
+#undef GRANET_LANE_MASKS
 
 }  // namespace
 

@@ -34,6 +34,11 @@ struct Cut {
     int64_t items() const { return chunks * splits; }
 };
 Cut cut_of(const granet_layout& layout, int64_t parts, int threads);
+// Whether threads that take whole chunks end at about the same time: to read a gradient once saves 15 % at best.
+inline bool is_even(const Cut& cut, int threads) {
+    const int64_t rounds = (cut.chunks + threads - 1) / threads;
+    return cut.splits == 1 && 8 * rounds * threads <= 9 * cut.chunks;
+}
 
 void clear(float* dw, int64_t count, int threads);
 
