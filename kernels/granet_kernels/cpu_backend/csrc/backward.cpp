@@ -61,10 +61,14 @@ struct Problem {
     bool is_same;  // for each of them alone
 };
 
-// Whether both are computed image by image, from one copy of the incoming gradient.
+// Whether both are computed image by image: 3 x 3 convolutions from one copy of the incoming gradient, 1 x 1 from itself.
 bool is_near(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
     return layout->nnz() > 0 && p.c.n > 0 && near_applies(k, p.c, p.dx.data(), p.g.data()) &&
            near_applies(k, p.c, p.x.data(), p.g.data()) && near_reads_once(*layout, p.c, threads);
+}
+bool is_direct(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
+    return layout->nnz() > 0 && p.c.n > 0 && p.is_same && direct_applies(k, p.c, p.dx.data(), p.g.data()) &&
+           direct_applies(k, p.c, p.x.data(), p.g.data()) && direct_reads_once(*layout, p.c, threads);
 }
 
 // What both gradients share, or nothing where each is better off alone.
@@ -113,9 +117,11 @@ int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const
     return guarded([&]() -> int {
         const KernelSet& k = kernels();
         const Problem p(*conv, g_strides, x_strides, dx_strides);
-        if (is_near(k, layout, p, threads)) {
-            backward_near(k, layout, p.c, Images{g, p.g.data(), p.c.n}, Images{x, p.x.data(), p.c.n}, weight, dx,
-                          p.dx.data(), dw, threads);
+        const bool near = is_near(k, layout, p, threads);
+        if (near || is_direct(k, layout, p, threads)) {
+            const Images gradient{g, p.g.data(), p.c.n}, source{x, p.x.data(), p.c.n};
+            const auto run = near ? backward_near : backward_direct;
+            run(k, layout, p.c, gradient, source, weight, dx, p.dx.data(), dw, threads);
             return GRANET_OK;
         }
         if (const auto shared = find_shared(k, layout, p, threads)) {
@@ -133,7 +139,9 @@ int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* conv, con
     using namespace granet;
     try {
         const Problem p(*conv, g_strides, x_strides, dx_strides);
-        return is_near(kernels(), layout, p, threads) || find_shared(kernels(), layout, p, threads).has_value();
+        const KernelSet& k = kernels();
+        return is_near(k, layout, p, threads) || is_direct(k, layout, p, threads) ||
+               find_shared(k, layout, p, threads).has_value();
     } catch (const std::exception&) {
         return 0;
     }

@@ -5,9 +5,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "gather.h"
+#include "grid.h"
 #include "parallel.h"
+#include "sums.h"
 
 namespace granet {
 namespace {
@@ -26,7 +29,7 @@ struct Tiling {
     int height;  // rows of the weight at a time, which share their entries
 };
 
-Tiling tiling(int64_t images, int64_t pixels, const KernelSet& k, bool shares_rows, int own) {
+Tiling tiling_of(int64_t images, int64_t pixels, const KernelSet& k, bool shares_rows, int own) {
     Tiling t{images, pixels / k.lanes, k.lanes * int64_t(sizeof(float)), 1, 1, shares_rows ? k.shared_rows : 1};
     const int largest = shares_rows ? KernelSet::max_shared : own;
     t.tw = tile_width(t.vectors, largest);
@@ -50,7 +53,7 @@ Access direct_access(bool by_output, int64_t channel_stride, const Tiling& t, in
 const char* at(const float* data, int64_t floats) { return reinterpret_cast<const char*>(data + floats); }
 
 // How far apart the channels of what a tile reads are.
-int64_t channel_stride_of(const Grid& grid, int64_t in_memory) { return grid.has_all() ? in_memory : grid.pixels; }
+int64_t channel_stride_of(const Grid& grid, int64_t in_memory) { return grid.has_all() ? in_memory : grid.pixels(); }
 
 // Where a tile of images is read from, and how far apart they are, in bytes.
 struct Tile {
@@ -59,78 +62,174 @@ struct Tile {
 };
 
 // `count` images in place, or in `memory` [image][channel][pixel] the pixels that count.
-Tile tile_of(const Grid& grid, const Images& source, int64_t image, int count, int64_t channels, char* memory) {
+Tile tile_of(const KernelSet& k, const Grid& grid, const Images& source, int64_t image, int count, int64_t channels,
+             char* memory) {
     constexpr auto size = ptrdiff_t(sizeof(float));
     const int64_t* s = source.strides;
     if (grid.has_all()) return {at(source.data, image * s[0]), s[0] * size};
     auto* to = reinterpret_cast<float*>(memory);
     for (int64_t a = image; a < image + count; ++a)
-        for (int64_t c = 0; c < channels; ++c) {
-            const float* from = source.data + a * s[0] + c * s[1];
-            for (const int32_t pixel : grid.at) *to++ = from[pixel];
-        }
-    return {memory, channels * grid.pixels * size};
+        for (int64_t c = 0; c < channels; ++c, to += grid.pixels())
+            grid.take(k, source.data + a * s[0] + c * s[1], 2 * s[1], to);
+    return {memory, channels * grid.pixels() * size};
 }
 
 size_t tile_bytes(const Grid& grid, int64_t images, int64_t channels) {
-    return grid.has_all() ? 0 : size_t(images * channels * grid.pixels) * sizeof(float);
+    return grid.has_all() ? 0 : size_t(images * channels * grid.pixels()) * sizeof(float);
 }
 
-// Writes `count` pixels from `first` on to a channel of an image; the first of them clear those in between.
-void spread(const Grid& grid, const char* vectors, int64_t first, int64_t count, float* channel) {
-    const auto* from = reinterpret_cast<const float*>(vectors);
-    if (first == 0) std::memset(channel, 0, size_t(grid.image) * sizeof(float));
-    for (int64_t p = 0; p < count; ++p) channel[grid.at[first + p]] = from[p];
-}
-
+// Forward, or the input gradient.
 struct DirectPass {
-    const KernelSet& kernels;
-    Tiling tiling;
-    const Grid& grid;
+    DirectPass(const KernelSet& kernels, granet_layout* layout, bool by_output_, const granet_conv& c,
+               const Images& images, const float* weight, const float* bias_, float* out_, const int64_t* out_strides_,
+               int threads)
+        : k(kernels),
+          by_output(by_output_),
+          grid(grid_of(c)),
+          read(by_output ? grid : Grid{1, grid.pixels(), grid.pixels(), 1, grid.pixels(), 1}),
+          rows(by_output ? c.out : c.in),
+          channels(by_output ? c.in : c.out),
+          tiling(tiling_of(images.n, grid.pixels(), k, layout->shares_rows(by_output, k.shared_rows), k.max_tile)),
+          table(layout->table(direct_access(by_output, channel_stride_of(read, images.strides[1]), tiling, rows,
+                                            channels, layout->nnz()))),
+          values(table->nnz() * sizeof(float)),
+          source(images),
+          bias(bias_),
+          out(out_),
+          out_strides(out_strides_),
+          stream(goes_past_cache(source.n * rows * (by_output ? grid.pixels() : grid.image()))),
+          chunk(table->blocks == 1 ? CHUNK : rows) {
+        gather_values(*table, weight, values.as<float>(), threads);
+    }
+    bool spreads() const { return !by_output && !grid.has_all(); }
+    size_t tile_bytes() const { return granet::tile_bytes(read, tiling.th, channels); }
+    // Of finished tiles, and of a channel whose pixels are spread.
+    size_t vectors_bytes() const { return chunk * tiling.th * tiling.tw * tiling.vector + line_bytes(); }
+    size_t line_bytes() const { return spreads() ? size_t(grid.image() + k.lanes) * sizeof(float) : 0; }
+
+    void run(int64_t image, int th, char* memory, char* vectors) const;
+    void run_tile(const Tile& tile, int64_t image, int64_t j, int th, int tw, char* vectors, float* line) const;
+    void store(const char* from, int64_t j, int tw, float* channel, float* line) const;
+
+    const KernelSet& k;
     bool by_output;
-    const Table& table;
-    const float* values;
+    Grid grid, read;
+    int64_t rows, channels;
+    Tiling tiling;
+    std::shared_ptr<const Table> table;
+    Scratch values;
+    const Images& source;
     const float* bias;
-    int64_t rows;
     float* out;
     const int64_t* out_strides;
     bool stream;
     int64_t chunk;  // rows that the scratch memory holds
 };
 
+// th images, every row.
+void DirectPass::run(int64_t image, int th, char* memory, char* vectors) const {
+    const Tile tile = tile_of(k, read, source, image, th, channels, memory);
+    auto* line = reinterpret_cast<float*>(vectors);
+    std::memset(line, 0, line_bytes());
+    for (int64_t j = 0; j < tiling.vectors; j += tiling.tw)
+        run_tile(tile, image, j, th, int(std::min<int64_t>(tiling.tw, tiling.vectors - j)), vectors + line_bytes(),
+                 line);
+    k.fence();
+}
+
+// tw vectors of pixels of a channel, from vector j on.
+void DirectPass::store(const char* from, int64_t j, int tw, float* channel, float* line) const {
+    if (!spreads()) return k.copy(from, channel + j * k.lanes, tw, stream);
+    const auto* pixels = reinterpret_cast<const float*>(from);
+    if (tw < tiling.vectors || grid.image() % k.lanes != 0)
+        return grid.put_part(pixels, j * k.lanes, tw * k.lanes, channel);
+    grid.put(k, pixels, line);
+    k.copy(reinterpret_cast<const char*>(line), channel, grid.image() / k.lanes, stream);
+}
+
 // th images, tw vectors of pixels from vector j on, every row.
-void run_tile(const DirectPass& p, const Tile& tile, int64_t image, int64_t j, int th, int tw, char* vectors) {
-    const KernelSet& k = p.kernels;
-    const bool spreads = !p.by_output && !p.grid.has_all();
+void DirectPass::run_tile(const Tile& tile, int64_t image, int64_t j, int th, int tw, char* vectors,
+                          float* line) const {
     TileArgs args{};
-    args.source = tile.data + j * p.tiling.vector;
+    args.source = tile.data + j * tiling.vector;
     args.source_pitch = tile.pitch;
-    args.offset = p.table.offset.data();
-    args.value = p.values;
+    args.offset = table->offset.data();
+    args.value = values.as<float>();
     args.out = vectors;
-    args.out_step = p.tiling.vector;
+    args.out_step = tiling.vector;
     args.out_pitch = tw * args.out_step;
     args.out_row = th * args.out_pitch;
-    for (int64_t begin = 0; begin < p.rows; begin += p.chunk) {
-        const int64_t end = std::min(begin + p.chunk, p.rows);
+    for (int64_t begin = 0; begin < rows; begin += chunk) {
+        const int64_t end = std::min(begin + chunk, rows);
         args.rows = end - begin;
-        args.bias = p.bias ? p.bias + begin : nullptr;
-        for (int64_t block = 0; block < p.table.blocks; ++block) {
-            args.ptr = p.table.row_ptr(0, block, begin);
-            args.order = p.table.order_of(0, block, begin, end);
+        args.bias = bias ? bias + begin : nullptr;
+        for (int64_t block = 0; block < table->blocks; ++block) {
+            args.ptr = table->row_ptr(0, block, begin);
+            args.order = table->order_of(0, block, begin, end);
             args.accumulate = block > 0;
-            k.tile(th, tw, p.tiling.height > 1)(args);
+            k.tile(th, tw, tiling.height > 1)(args);
         }
         for (int64_t row = begin; row < end; ++row)
-            for (int a = 0; a < th; ++a) {
-                const char* from = vectors + (row - begin) * args.out_row + a * args.out_pitch;
-                float* to = p.out + (image + a) * p.out_strides[0] + row * p.out_strides[1];
-                if (spreads)
-                    spread(p.grid, from, j * k.lanes, tw * k.lanes, to);
-                else
-                    k.copy(from, to + j * k.lanes, tw, p.stream);
-            }
+            for (int a = 0; a < th; ++a)
+                store(vectors + (row - begin) * args.out_row + a * args.out_pitch, j, tw,
+                      out + (image + a) * out_strides[0] + row * out_strides[1], line);
     }
+}
+
+Access wgrad_access(const KernelSet& k, const granet_conv& c, const Grid& grid, int64_t channel_stride,
+                    granet_layout* layout) {
+    const Tiling t = tiling_of(c.n, grid.pixels(), k, layout->shares_rows(true, k.shared_rows), k.max_dot);
+    return direct_access(true, channel_stride_of(grid, channel_stride), t, c.out, c.in, layout->nnz());
+}
+
+// The weight gradient that images give.
+struct DirectDots {
+    DirectDots(const KernelSet& kernels, granet_layout* layout, const granet_conv& c, const Images& gradient_,
+               const Images& source_)
+        : k(kernels),
+          grid(grid_of(c)),
+          channels(c.in),
+          table(layout->table(wgrad_access(k, c, grid, source_.strides[1], layout))),
+          tiling(tiling_of(source_.n, grid.pixels(), k, table->access.height > 1, k.max_dot)),
+          gradient(gradient_),
+          source(source_) {}
+    size_t tile_bytes() const { return granet::tile_bytes(grid, tiling.th, channels); }
+
+    // th images, rows [row_begin, row_end).
+    void add(int64_t image, int th, int64_t row_begin, int64_t row_end, char* memory, float* sums) const {
+        const Tile tile = tile_of(k, grid, source, image, th, channels, memory);
+        for (int64_t j = 0; j < tiling.vectors; j += tiling.tw) {
+            const int tw = int(std::min<int64_t>(tiling.tw, tiling.vectors - j));
+            DotArgs args{};
+            args.source = tile.data + j * tiling.vector;
+            args.source_pitch = tile.pitch;
+            args.gradient =
+                at(gradient.data, image * gradient.strides[0] + row_begin * gradient.strides[1] + j * k.lanes);
+            args.gradient_pitch = gradient.strides[0] * ptrdiff_t(sizeof(float));
+            args.gradient_row = gradient.strides[1] * ptrdiff_t(sizeof(float));
+            args.offset = table->offset.data();
+            args.rows = row_end - row_begin;
+            args.sum = sums;
+            for (int64_t block = 0; block < table->blocks; ++block) {
+                args.ptr = table->row_ptr(0, block, row_begin);
+                args.order = table->order_of(0, block, row_begin, row_end);
+                k.dot(th, tw, tiling.height > 1)(args);
+            }
+        }
+    }
+
+    const KernelSet& k;
+    Grid grid;
+    int64_t channels;
+    std::shared_ptr<const Table> table;
+    Tiling tiling;
+    const Images &gradient, &source;
+};
+
+// f(image, count) for images [begin, end), at most `most` at a time.
+template <typename F>
+void for_images(int64_t begin, int64_t end, int64_t most, const F& f) {
+    for (int64_t image = begin; image < end; image += most) f(image, int(std::min(most, end - image)));
 }
 
 }  // namespace
@@ -145,74 +244,58 @@ bool direct_applies(const KernelSet& k, const granet_conv& c, const int64_t x[4]
            std::max(c.in, c.out) * farthest * int64_t(sizeof(float)) <= INT32_MAX;
 }
 
-Grid grid_of(const granet_conv& c) {
-    Grid grid{c.out_h * c.out_w, c.h * c.w, {}};
-    if (grid.pixels == grid.image) return grid;
-    for (int64_t i = 0; i < c.out_h; ++i)
-        for (int64_t j = 0; j < c.out_w; ++j) grid.at.push_back(int32_t(i * c.stride_h * c.w + j * c.stride_w));
-    return grid;
-}
-
 int gather_direct(const KernelSet& k, granet_layout* layout, bool by_output, const granet_conv& c, const Images& source,
                   const float* weight, const float* bias, float* out, const int64_t out_strides[4], int threads) {
-    const Grid grid = grid_of(c), all{grid.pixels, grid.pixels, {}};
-    const Grid& read = by_output ? grid : all;
-    const int64_t rows = by_output ? c.out : c.in, channels = by_output ? c.in : c.out;
-    const Tiling t = tiling(source.n, grid.pixels, k, layout->shares_rows(by_output, k.shared_rows), k.max_tile);
-    const auto table = layout->table(direct_access(by_output, channel_stride_of(read, source.strides[1]), t, rows,
-                                                   channels, layout->nnz()));
-    const Scratch values(table->nnz() * sizeof(float));
-    gather_values(*table, weight, values.as<float>(), threads);
-    const int64_t chunk = table->blocks == 1 ? CHUNK : rows;
-    const bool stream = goes_past_cache(source.n * rows * grid.pixels);
-    const DirectPass pass{k,    t,    grid, by_output,   *table, values.as<float>(),
-                          bias, rows, out,  out_strides, stream, chunk};
-    const int64_t items = (t.images + t.th - 1) / t.th;
-    const ThreadScratch scratch(threads, items, tile_bytes(read, t.th, channels), chunk * t.th * t.tw * t.vector);
+    const DirectPass pass(k, layout, by_output, c, source, weight, bias, out, out_strides, threads);
+    const int64_t together = pass.tiling.th, items = (source.n + together - 1) / together;
+    const ThreadScratch scratch(threads, items, pass.tile_bytes(), pass.vectors_bytes());
     parallel_for(threads, items, [&](int64_t item) {
         const ThreadScratch::Lease lease(scratch);
-        const int64_t image = item * t.th;
-        const int th = int(std::min<int64_t>(t.th, t.images - image));
-        const Tile tile = tile_of(read, source, image, th, channels, lease.first());
-        for (int64_t j = 0; j < t.vectors; j += t.tw)
-            run_tile(pass, tile, image, j, th, int(std::min<int64_t>(t.tw, t.vectors - j)), lease.second());
-        k.fence();
+        const int64_t image = item * together;
+        pass.run(image, int(std::min(together, source.n - image)), lease.first(), lease.second());
     });
     return GRANET_OK;
 }
 
-void wgrad_direct(const KernelSet& k, const Table& table, const Grid& grid, const Images& gradient,
-                  const Images& source, int64_t channels, const Part& part, float* sums) {
-    const Tiling t = tiling(source.n, grid.pixels, k, table.access.height > 1, k.max_dot);
-    const Scratch memory(tile_bytes(grid, t.th, channels));
-    for (int64_t image = part.image_begin; image < part.image_end; image += t.th) {
-        const int th = int(std::min<int64_t>(t.th, part.image_end - image));
-        const Tile tile = tile_of(grid, source, image, th, channels, memory.bytes());
-        for (int64_t j = 0; j < t.vectors; j += t.tw) {
-            const int tw = int(std::min<int64_t>(t.tw, t.vectors - j));
-            DotArgs args{};
-            args.source = tile.data + j * t.vector;
-            args.source_pitch = tile.pitch;
-            args.gradient = at(gradient.data, image * gradient.strides[0] + part.row_begin * gradient.strides[1] +
-                                                  j * k.lanes);
-            args.gradient_pitch = gradient.strides[0] * ptrdiff_t(sizeof(float));
-            args.gradient_row = gradient.strides[1] * ptrdiff_t(sizeof(float));
-            args.offset = table.offset.data();
-            args.rows = part.row_end - part.row_begin;
-            args.sum = sums;
-            for (int64_t block = 0; block < table.blocks; ++block) {
-                args.ptr = table.row_ptr(0, block, part.row_begin);
-                args.order = table.order_of(0, block, part.row_begin, part.row_end);
-                k.dot(th, tw, t.height > 1)(args);
-            }
-        }
-    }
+int wgrad_direct(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
+                 const Images& source, float* dw, int threads) {
+    const DirectDots dots(k, layout, c, gradient, source);
+    const ThreadScratch scratch(threads, threads, dots.tile_bytes(), 0);
+    sum_chunks(k, *layout, *dots.table, cut_of(*layout, c.n, threads), dw, threads,
+               [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
+                   const ThreadScratch::Lease lease(scratch);
+                   for_images(begin, end, dots.tiling.th, [&](int64_t image, int count) {
+                       dots.add(image, count, row_begin, row_end, lease.first(), sums);
+                   });
+               });
+    return GRANET_OK;
 }
 
-Access wgrad_direct_access(const KernelSet& k, const granet_conv& c, const Grid& grid, int64_t channel_stride,
-                           granet_layout* layout) {
-    const Tiling t = tiling(c.n, grid.pixels, k, layout->shares_rows(true, k.shared_rows), k.max_dot);
-    return direct_access(true, channel_stride_of(grid, channel_stride), t, c.out, c.in, layout->nnz());
+bool direct_reads_once(const granet_layout& layout, const granet_conv& c, int threads) {
+    return is_even(cut_of(layout, c.n, threads), threads);
+}
+
+// Few images at a time, whose gradient stays in the second-level cache between the two.
+void backward_direct(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
+                     const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
+                     int threads) {
+    const DirectPass dgrad(k, layout, false, c, gradient, weight, nullptr, dx, dx_strides, threads);
+    const DirectDots dots(k, layout, c, gradient, source);
+    const ThreadScratch scratch(threads, threads, std::max(dgrad.tile_bytes(), dots.tile_bytes()),
+                                dgrad.vectors_bytes());
+    sum_chunks(k, *layout, *dots.table, cut_of(*layout, c.n, threads), dw, threads,
+               [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
+                   const ThreadScratch::Lease lease(scratch);
+                   const int64_t together = std::lcm<int64_t, int64_t>(dgrad.tiling.th, dots.tiling.th);
+                   for_images(begin, end, together, [&](int64_t first, int count) {
+                       for_images(first, first + count, dgrad.tiling.th, [&](int64_t image, int th) {
+                           dgrad.run(image, th, lease.first(), lease.second());
+                       });
+                       for_images(first, first + count, dots.tiling.th, [&](int64_t image, int th) {
+                           dots.add(image, th, row_begin, row_end, lease.first(), sums);
+                       });
+                   });
+               });
 }
 
 }  // namespace granet

@@ -150,6 +150,9 @@ struct KernelSet {
                           ptrdiff_t step);
     void (*unpack)(const char* vectors, ptrdiff_t step, float* image, ptrdiff_t lane, int valid, int64_t count,
                    bool stream);
+    // Every second of `floats` floats, beginning with the first; and the way back, the others being zero.
+    void (*take_second)(const float* from, int64_t floats, float* to);
+    void (*put_second)(const float* from, int64_t floats, float* to);
     void (*copy)(const char* vectors, float* image, int64_t count, bool stream);  // `count` whole vectors in a row
     // to[c * to_row + r] = from[r * from_row + c]
     void (*transpose)(const float* from, ptrdiff_t from_row, int64_t rows, int64_t columns, float* to, ptrdiff_t to_row,

@@ -4,7 +4,7 @@
 // vectors do), and
 //   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0, or
 //       garbage in columns that do not exist
-//   store_first(vector, out, count): the first count floats
+//   store_first(vector, out, count): the first count floats; load_first(from, count): they, and zeros
 //   STREAMS, store_past_cache(vector, out), fence(): whether and how a vector fills a cache line without reading it
 //   load_bytes(from), store_bytes(vector, to): LANES unsigned char as an IntVec, and back (compilers do it one by one)
 //   fused(a, b, c): a * b + c of vectors and of floats, rounded once where the instruction set can
@@ -287,6 +287,7 @@ void copy(const char* vectors, float* image, int64_t count, bool stream) {
     for (int64_t i = 0; i < count; ++i) *(Vec*)(image + i * LANES) = from[i];
 }
 
+#include "second.inl"
 #include "norm.inl"
 #include "norm_rows.inl"
 #include "masked.inl"
@@ -332,6 +333,8 @@ KernelSet make_set() {
     set.pack_pixels = pack_pixels;
     set.pack_channels = pack_channels;
     set.unpack = unpack;
+    set.take_second = take_second;
+    set.put_second = put_second;
     set.copy = copy;
     set.transpose = transpose_matrix;
     set.fence = fence;

@@ -47,6 +47,8 @@ inline __attribute__((always_inline)) void transpose(const float* in, ptrdiff_t 
 
 inline void store_first(Vec vector, float* out, int count) { _mm256_maskstore_ps(out, first(count), (__m256)vector); }
 
+inline Vec load_first(const float* from, int count) { return (Vec)_mm256_maskload_ps(from, first(count)); }
+
 inline __m256 swap_middle(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
 
 inline IntVec load_bytes(const unsigned char* from) {

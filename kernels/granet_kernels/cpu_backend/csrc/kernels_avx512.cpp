@@ -59,6 +59,10 @@ inline void store_first(Vec vector, float* out, int count) {
     _mm512_mask_storeu_ps(out, __mmask16((1u << count) - 1), (__m512)vector);
 }
 
+inline Vec load_first(const float* from, int count) {
+    return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+}
+
 inline void store_past_cache(Vec vector, float* out) { _mm512_stream_ps(out, (__m512)vector); }
 void fence() { _mm_sfence(); }
 

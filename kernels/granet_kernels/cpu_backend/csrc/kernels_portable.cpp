@@ -19,6 +19,12 @@ inline void store_first(Vec vector, float* out, int count) {
     for (int i = 0; i < count; ++i) out[i] = vector[i];
 }
 
+inline Vec load_first(const float* from, int count) {
+    Vec vector{};
+    for (int i = 0; i < count; ++i) vector[i] = from[i];
+    return vector;
+}
+
 inline void store_past_cache(Vec, float*) {}
 void fence() {}
 

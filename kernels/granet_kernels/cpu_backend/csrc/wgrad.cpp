@@ -36,16 +36,9 @@ int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const
     }
     if (near_applies(k, c, source.strides, gradient.strides))
         return wgrad_near(k, layout, c, gradient, source, dw, threads);
-    if (!direct_applies(k, c, source.strides, gradient.strides))
-        return wgrad_panels(k, layout, c, gradient, source, dw, threads);
-    const Grid grid = grid_of(c);
-    const auto table = layout->table(wgrad_direct_access(k, c, grid, source.strides[1], layout));
-    sum_chunks(k, *layout, *table, cut_of(*layout, c.n, threads), dw, threads,
-               [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
-                   const Part part{row_begin, row_end, begin, end};
-                   wgrad_direct(k, *table, grid, gradient, source, c.in, part, sums);
-               });
-    return GRANET_OK;
+    if (direct_applies(k, c, source.strides, gradient.strides))
+        return wgrad_direct(k, layout, c, gradient, source, dw, threads);
+    return wgrad_panels(k, layout, c, gradient, source, dw, threads);
 }
 
 }  // namespace
