@@ -119,7 +119,7 @@ class Plan:
             return self._mode.choice(site, layout), False
         if not site.is_set_up:
             self._set_up_measuring(site)
-        choice = site.choices.get(layout.bucket)
+        choice = site.current(layout.bucket)
         if choice is None or count % _PERIOD == 0:
             return self._decide(site, layout, count)
         return choice, False
@@ -146,7 +146,7 @@ class Plan:
         if mode != MEASURED:
             return all(self._mode.choice(site, layout) == NATIVE for site in sites)
         return all(
-            site.choices.get(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites
+            site.current(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites
         )
 
     def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
@@ -257,15 +257,20 @@ class Plan:
             winner = site.times.winner(bucket, incumbent)
             if winner is not None:
                 site.choices[bucket] = winner
+                site.waiting.pop(bucket, None)
                 other = DENSE if winner == NATIVE else NATIVE
                 measured = site.times.samples(other, bucket) > 0
                 recheck = _is_recheck(count, measured) and self._affords(site, other, winner, bucket)
                 return (other if recheck else winner), True
-            site.choices.pop(bucket, None)  # until it is known, every call comes here
+            site.choices.pop(bucket, None)
+            site.waiting.pop(bucket, None)
             if site.times.samples(incumbent, bucket) < NEEDED:
                 return incumbent, True
             other = DENSE if incumbent == NATIVE else NATIVE
-            return (other, True) if self._affords(site, other, incumbent, bucket) else (incumbent, False)
+            if self._affords(site, other, incumbent, bucket):
+                return other, True
+            site.waiting[bucket] = incumbent
+            return incumbent, False
 
     def _affords(self, site: Site, candidate: str, winner: str, bucket: int) -> bool:
         """Whether the time that a candidate may lose to the winner is within the budget."""

@@ -155,7 +155,8 @@ class Site:
 
     The key names all that in plain text; it stands in the files. `rule_density` is the highest density at which the
     rule takes the native implementation. `choices` are what measuring has led to, `fixed` those of a fixed plan, looked
-    up under its `generation`. `passed` counts the calls that went past the op. `turns`: which way dense code goes.
+    up under its `generation`. `waiting`: what runs until the other candidate can be afforded. `passed` counts the calls
+    that went past the op. `turns`: which way dense code goes.
     """
 
     __slots__ = (
@@ -170,6 +171,7 @@ class Site:
         "rule_density",
         "times",
         "turns",
+        "waiting",
     )
 
     def __init__(self, key: str, rule_density: float) -> None:
@@ -183,10 +185,15 @@ class Site:
         self.times = Times()
         self.choices: dict[int, str] = {}
         self.fixed: dict[int, str] = {}
+        self.waiting: dict[int, str] = {}
         self.dense_is_warm = self.is_set_up = False
         self.turns: dict[Hashable, Turns] = {}
         self.generation = -1
         self.passed = 0
+
+    def current(self, bucket: int) -> str | None:
+        """What runs at a density without being asked for again, or None while every call is to decide."""
+        return self.choices.get(bucket) or self.waiting.get(bucket)
 
     @property
     def calls(self) -> int:

@@ -27,7 +27,8 @@ MANY = {
     "whole images of 2x2": (130, 33, 2, 3, (True, False)),
     "with a border": (70, 16, 7, 3, (True, False)),
     "one tap": (150, 40, 6, 1, (True, True)),
-    "nothing to pack": (70, 40, 8, 1, (False, False)),
+    "nothing to pack": (70, 40, 8, 1, (True, True)),
+    "rows of vectors": (70, 16, 16, 3, (True, True)),
     "several bands": (2, 20, 130, 3, (False, False)),
 }
 GEOMETRY = (1, 1), (0, 0), (1, 1), 1

@@ -68,7 +68,7 @@ bool is_near(const KernelSet& k, granet_layout* layout, const Problem& p, int th
 }
 bool is_direct(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
     return layout->nnz() > 0 && p.c.n > 0 && p.is_same && direct_applies(k, p.c, p.dx.data(), p.g.data()) &&
-           direct_applies(k, p.c, p.x.data(), p.g.data()) && direct_reads_once(*layout, p.c, threads);
+           direct_applies(k, p.c, p.x.data(), p.g.data()) && direct_reads_once(k, layout, p.c, threads);
 }
 
 // What both gradients share, or nothing where each is better off alone.

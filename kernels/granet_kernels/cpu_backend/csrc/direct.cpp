@@ -226,6 +226,19 @@ struct DirectDots {
     const Images &gradient, &source;
 };
 
+// Images that a chunk of a weight gradient holds whole groups of, so that both gradients have the same tiles whether
+// they are computed together or not: a narrower tile adds in another order.
+int64_t images_together(const KernelSet& k, granet_layout* layout, const granet_conv& c) {
+    const auto th = [&](bool by_output, int own) -> int64_t {
+        return tiling_of(c.n, c.out_h * c.out_w, k, layout->shares_rows(by_output, k.shared_rows), own).th;
+    };
+    return std::lcm(th(false, k.max_tile), th(true, k.max_dot));
+}
+
+Cut cut_of_images(const granet_layout& layout, const granet_conv& c, int64_t together, int threads) {
+    return cut_of(layout, (c.n + together - 1) / together, threads);
+}
+
 // f(image, count) for images [begin, end), at most `most` at a time.
 template <typename F>
 void for_images(int64_t begin, int64_t end, int64_t most, const F& f) {
@@ -260,19 +273,21 @@ int gather_direct(const KernelSet& k, granet_layout* layout, bool by_output, con
 int wgrad_direct(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
                  const Images& source, float* dw, int threads) {
     const DirectDots dots(k, layout, c, gradient, source);
+    const int64_t together = images_together(k, layout, c);
     const ThreadScratch scratch(threads, threads, dots.tile_bytes(), 0);
-    sum_chunks(k, *layout, *dots.table, cut_of(*layout, c.n, threads), dw, threads,
+    sum_chunks(k, *layout, *dots.table, cut_of_images(*layout, c, together, threads), dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    const ThreadScratch::Lease lease(scratch);
-                   for_images(begin, end, dots.tiling.th, [&](int64_t image, int count) {
+                   const int64_t last = std::min(end * together, c.n);
+                   for_images(begin * together, last, dots.tiling.th, [&](int64_t image, int count) {
                        dots.add(image, count, row_begin, row_end, lease.first(), sums);
                    });
                });
     return GRANET_OK;
 }
 
-bool direct_reads_once(const granet_layout& layout, const granet_conv& c, int threads) {
-    return is_even(cut_of(layout, c.n, threads), threads);
+bool direct_reads_once(const KernelSet& k, granet_layout* layout, const granet_conv& c, int threads) {
+    return is_even(cut_of_images(*layout, c, images_together(k, layout, c), threads), threads);
 }
 
 // Few images at a time, whose gradient stays in the second-level cache between the two.
@@ -283,11 +298,11 @@ void backward_direct(const KernelSet& k, granet_layout* layout, const granet_con
     const DirectDots dots(k, layout, c, gradient, source);
     const ThreadScratch scratch(threads, threads, std::max(dgrad.tile_bytes(), dots.tile_bytes()),
                                 dgrad.vectors_bytes());
-    sum_chunks(k, *layout, *dots.table, cut_of(*layout, c.n, threads), dw, threads,
+    const int64_t together = images_together(k, layout, c);
+    sum_chunks(k, *layout, *dots.table, cut_of_images(*layout, c, together, threads), dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    const ThreadScratch::Lease lease(scratch);
-                   const int64_t together = std::lcm<int64_t, int64_t>(dgrad.tiling.th, dots.tiling.th);
-                   for_images(begin, end, together, [&](int64_t first, int count) {
+                   for_images(begin * together, std::min(end * together, c.n), together, [&](int64_t first, int count) {
                        for_images(first, first + count, dgrad.tiling.th, [&](int64_t image, int th) {
                            dgrad.run(image, th, lease.first(), lease.second());
                        });
