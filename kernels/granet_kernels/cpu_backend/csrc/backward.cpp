@@ -63,7 +63,7 @@ struct Problem {
 
 // Whether both are computed image by image: 3 x 3 convolutions from one copy of the incoming gradient, 1 x 1 from itself.
 bool is_near(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
-    return layout->nnz() > 0 && p.c.n > 0 && near_applies(k, p.c, p.dx.data(), p.g.data()) &&
+    return layout->nnz() > 0 && p.c.n > 0 && p.c.stride_h == 1 && near_applies(k, p.c, p.dx.data(), p.g.data()) &&
            near_applies(k, p.c, p.x.data(), p.g.data()) && near_reads_once(*layout, p.c, threads);
 }
 bool is_direct(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {

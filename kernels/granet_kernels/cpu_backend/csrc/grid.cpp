@@ -14,7 +14,7 @@ void Grid::take(const KernelSet& k, const float* channel, ptrdiff_t next, float*
     for (int64_t i = 0; i < rows; ++i, channel += row, to += columns) {
         for (int64_t j = 0; j < width; j += LINE) __builtin_prefetch(channel + next + j);
         if (fills_vectors(k))
-            k.take_second(channel, std::min(width, 2 * columns), to);
+            k.take_second(channel, std::min(width, 2 * columns), to, nullptr);
         else
             for (int64_t j = 0; j < columns; ++j) to[j] = channel[j * column];
     }

@@ -150,8 +150,9 @@ struct KernelSet {
                           ptrdiff_t step);
     void (*unpack)(const char* vectors, ptrdiff_t step, float* image, ptrdiff_t lane, int valid, int64_t count,
                    bool stream);
-    // Every second of `floats` floats, beginning with the first; and the way back, the others being zero.
-    void (*take_second)(const float* from, int64_t floats, float* to);
+    // Every second of `floats` floats, beginning with the first, and the others, unless NULL; and the way back, the
+    // others being zero.
+    void (*take_second)(const float* from, int64_t floats, float* to, float* others);
     void (*put_second)(const float* from, int64_t floats, float* to);
     void (*copy)(const char* vectors, float* image, int64_t count, bool stream);  // `count` whole vectors in a row
     // to[c * to_row + r] = from[r * from_row + c]

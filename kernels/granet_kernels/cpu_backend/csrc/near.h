@@ -1,4 +1,4 @@
-// 3 x 3 convolutions with stride 1 and padding 1 that need no panel.
+// 3 x 3 convolutions with padding 1, whose images are copied, not transposed.
 #pragma once
 
 #include "layout.h"
@@ -6,7 +6,7 @@
 
 namespace granet {
 
-// Whether the images of a convolution, of these strides, can be read in place.
+// Whether a convolution of images of these strides goes this way; the input gradient only with stride 1.
 bool near_applies(const KernelSet& kernels, const granet_conv& conv, const int64_t x[4], const int64_t y[4]);
 
 // y of x (by_output), or the gradient of x of that of y.
@@ -17,7 +17,7 @@ int gather_near(const KernelSet& kernels, granet_layout* layout, bool by_output,
 int wgrad_near(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
                const Images& source, float* dw, int threads);
 
-// Both gradients, reading that of y once; and whether this pays.
+// Both gradients, of a convolution with stride 1, reading that of y once; and whether this pays.
 void backward_near(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
                    const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
                    int threads);

@@ -13,11 +13,12 @@ inline void store_up_to(Vec vector, float* to, int64_t count) {
         store_first(vector, to, int(count));
 }
 
-void take_second(const float* from, int64_t floats, float* to) {
+void take_second(const float* from, int64_t floats, float* to, float* others) {
     for (int64_t i = 0; i < floats; i += 2 * LANES) {
         Vec even, odd;
         split_pairs(load_up_to(from + i, floats - i), load_up_to(from + i + LANES, floats - i - LANES), even, odd);
         store_up_to(even, to + i / 2, (floats - i + 1) / 2);
+        if (others) store_up_to(odd, others + i / 2, (floats - i) / 2);
     }
 }
 
