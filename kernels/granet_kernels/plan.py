@@ -145,9 +145,7 @@ class Plan:
         mode, bucket = self.mode(), layout.bucket
         if mode != MEASURED:
             return all(self._mode.choice(site, layout) == NATIVE for site in sites)
-        return all(
-            site.current(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites
-        )
+        return all(site.current(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites)
 
     def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
         """Take down what a timed call took.
