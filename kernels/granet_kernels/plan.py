@@ -39,7 +39,7 @@ MEASURED, RULE, MODES = plan_modes.MEASURED, plan_modes.RULE, plan_modes.MODES
 RULE_DENSITY = 0.5  # native up to it by the rule, and until something is measured; convolutions break even near 0.6
 
 _PART_OF_TURNS = 0.25  # of the budget: what native code wins is more, and has to be found out first
-_PERIOD = 16  # of so many calls at one density one is timed, once there is a winner
+_PERIOD = 16  # of so many calls at one density one is timed, once there is a winner or no money for the other
 _PASSING = 64  # of so many calls that need no op, one takes it all the same
 _RECHECK = 2048  # of so many one goes to the loser, in case it was measured at a bad moment; early on, more do
 _SAVE_EVERY = 60.0

@@ -78,10 +78,11 @@ def test_as_accurate_as_torch(x_shape, outputs, stride, density, isa, random_mas
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("side", [16, 56])
 @pytest.mark.parametrize("height", [1, 4])
-def test_any_number_of_threads_and_one_call(height, isa, random_mask, isa_used):
+def test_any_number_of_threads_and_one_call(height, side, isa, random_mask, isa_used):
     mask = random_mask((40 // height, 7), 0.3).repeat_interleave(height, 0).repeat_interleave(height, 1)
-    x, grad, weight, mask, _ = given = operands(mask[:, :, None, None], (5, mask.shape[1], 16, 16), (2, 2))
+    x, grad, weight, mask, _ = given = operands(mask[:, :, None, None], (5, mask.shape[1], side, side), (2, 2))
     with isa_used(isa):
         seen = []
         for threads in (1, 2, 3, 4):

@@ -126,6 +126,26 @@ def test_measuring_costs_two_per_cent_at_most_beyond_the_allowance():
     assert machine.plan.summary().share < 0.03
 
 
+def test_what_runs_while_the_other_cannot_be_afforded(tmp_path):
+    machine, mask = Machine(1.0, lambda density: 0.2), mask_of(0.1)
+    layout = layout_of(mask)
+    machine.settle(mask, 8)
+    assert machine.site.waiting == {layout.bucket: NATIVE}
+    assert machine.plan.are_all_native([machine.site], layout)  # both gradients may be computed in one call
+    assert not machine.plan.agrees_on_dense([machine.site], layout)
+    machine.plan.save(tmp_path / "plan.json")
+    assert plan_files.read_choices(tmp_path / "plan.json") == {}
+    machine.now += 1000
+    machine.ran.clear()
+    machine.settle(mask, 24)
+    assert DENSE in machine.ran[:16]
+    assert (machine.site.waiting, machine.site.choices) == ({}, {layout.bucket: NATIVE})
+    machine = Machine(1.0, lambda density: 0.2)
+    machine.settle(mask, 8)
+    machine.plan.clear()
+    assert machine.site.waiting == {}
+
+
 def test_the_cost_is_what_the_slower_took_longer():
     machine = Machine(1e-3, lambda density: 3e-3)
     machine.settle(mask_of(0.6))

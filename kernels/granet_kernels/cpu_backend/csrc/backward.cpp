@@ -1,6 +1,6 @@
-// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it: where few
-// weights are left, packing and unpacking are a third of a layer's time. (Not where the input gradient has narrower
-// panels, as in linear layers of few weights a row: they gain as much.)
+// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it, or image by image:
+// where few weights are left, packing, unpacking and memory are most of a layer's time. (Not where the input gradient has
+// narrower panels, as in linear layers of few weights a row: they gain as much.)
 #include <optional>
 
 #include "direct.h"
@@ -61,11 +61,13 @@ struct Problem {
     bool is_same;  // for each of them alone
 };
 
-// Whether both are computed image by image: 3 x 3 convolutions from one copy of the incoming gradient, 1 x 1 from itself.
+// Whether both are computed image by image, from one copy of the incoming gradient.
 bool is_near(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
-    return layout->nnz() > 0 && p.c.n > 0 && p.c.stride_h == 1 && near_applies(k, p.c, p.dx.data(), p.g.data()) &&
-           near_applies(k, p.c, p.x.data(), p.g.data()) && near_reads_once(*layout, p.c, threads);
+    return layout->nnz() > 0 && p.c.n > 0 && p.c.stride_h == 1 &&
+           near_applies(k, *layout, p.c, p.dx.data(), p.g.data()) &&
+           near_applies(k, *layout, p.c, p.x.data(), p.g.data()) && near_reads_once(*layout, p.c, threads);
 }
+// The same for 1 x 1 convolutions, from the gradient as it lies in memory.
 bool is_direct(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
     return layout->nnz() > 0 && p.c.n > 0 && p.is_same && direct_applies(k, p.c, p.dx.data(), p.g.data()) &&
            direct_applies(k, p.c, p.x.data(), p.g.data()) && direct_reads_once(k, layout, p.c, threads);
@@ -74,8 +76,8 @@ bool is_direct(const KernelSet& k, granet_layout* layout, const Problem& p, int 
 // What both gradients share, or nothing where each is better off alone.
 std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, const Problem& p, int threads) {
     if (layout->nnz() == 0 || p.c.n == 0 || !p.is_same || direct_applies(k, p.c, p.dx.data(), p.g.data()) ||
-        direct_applies(k, p.c, p.x.data(), p.g.data()) || near_applies(k, p.c, p.dx.data(), p.g.data()) ||
-        near_applies(k, p.c, p.x.data(), p.g.data()))
+        direct_applies(k, p.c, p.x.data(), p.g.data()) || near_applies(k, *layout, p.c, p.dx.data(), p.g.data()) ||
+        near_applies(k, *layout, p.c, p.x.data(), p.g.data()))
         return std::nullopt;
     std::optional<Shared> shared(std::in_place, k, layout, p.c);
     if (!shared->one_panel() || !is_even(cut_of(*layout, shared->wgrad.panels(), threads), threads))

@@ -62,7 +62,7 @@ int granet_conv2d_forward(granet_layout* layout, const granet_conv* conv, const 
         take_pixels(c, from, to);
         if (direct_applies(k, c, from.data(), to.data()))
             return gather_direct(k, layout, true, c, Images{x, from.data(), c.n}, weight, bias, y, to.data(), threads);
-        if (near_applies(k, c, from.data(), to.data()))
+        if (near_applies(k, *layout, c, from.data(), to.data()))
             return gather_near(k, layout, true, c, Images{x, from.data(), c.n}, weight, bias, y, to.data(), threads);
         return gather(k, layout, true, forward_axis(c.h, c.out_h, c.kh, c.stride_h, c.pad_h, c.dil_h),
                       forward_axis(c.w, c.out_w, c.kw, c.stride_w, c.pad_w, c.dil_w), c.out, c.in,
@@ -81,7 +81,7 @@ int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* conv, const fl
         if (direct_applies(k, c, to.data(), from.data()))
             return gather_direct(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
                                  threads);
-        if (c.stride_h == 1 && near_applies(k, c, to.data(), from.data()))
+        if (c.stride_h == 1 && near_applies(k, *layout, c, to.data(), from.data()))
             return gather_near(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
                                threads);
         return gather(k, layout, false, dgrad_axis(c.out_h, c.h, c.kh, c.stride_h, c.pad_h, c.dil_h),

@@ -24,13 +24,13 @@ bool rows_follow(const int64_t strides[4], int64_t h, int64_t w) {
 }
 
 struct Tiling {
-    int64_t images, vectors, vector;  // of the batch, of an image's channel, bytes of one
+    int64_t vectors, vector;  // of an image's channel, bytes of one
     int th, tw;
     int height;  // rows of the weight at a time, which share their entries
 };
 
 Tiling tiling_of(int64_t images, int64_t pixels, const KernelSet& k, bool shares_rows, int own) {
-    Tiling t{images, pixels / k.lanes, k.lanes * int64_t(sizeof(float)), 1, 1, shares_rows ? k.shared_rows : 1};
+    Tiling t{pixels / k.lanes, k.lanes * int64_t(sizeof(float)), 1, 1, shares_rows ? k.shared_rows : 1};
     const int largest = shares_rows ? KernelSet::max_shared : own;
     t.tw = tile_width(t.vectors, largest);
     if (t.tw == t.vectors) t.th = int(std::min<int64_t>({KernelSet::max_th, largest / t.tw, images}));
@@ -105,7 +105,9 @@ struct DirectPass {
     size_t tile_bytes() const { return granet::tile_bytes(read, tiling.th, channels); }
     // Of finished tiles, and of a channel whose pixels are spread.
     size_t vectors_bytes() const { return chunk * tiling.th * tiling.tw * tiling.vector + line_bytes(); }
-    size_t line_bytes() const { return spreads() ? size_t(grid.image() + k.lanes) * sizeof(float) : 0; }
+    // Whether a channel is put together in memory of its own, and copied from there.
+    bool has_line() const { return spreads() && tiling.tw == tiling.vectors && grid.image() % k.lanes == 0; }
+    size_t line_bytes() const { return has_line() ? size_t(grid.image()) * sizeof(float) : 0; }
 
     void run(int64_t image, int th, char* memory, char* vectors) const;
     void run_tile(const Tile& tile, int64_t image, int64_t j, int th, int tw, char* vectors, float* line) const;
@@ -141,8 +143,7 @@ void DirectPass::run(int64_t image, int th, char* memory, char* vectors) const {
 void DirectPass::store(const char* from, int64_t j, int tw, float* channel, float* line) const {
     if (!spreads()) return k.copy(from, channel + j * k.lanes, tw, stream);
     const auto* pixels = reinterpret_cast<const float*>(from);
-    if (tw < tiling.vectors || grid.image() % k.lanes != 0)
-        return grid.put_part(pixels, j * k.lanes, tw * k.lanes, channel);
+    if (!has_line()) return grid.put_part(pixels, j * k.lanes, tw * k.lanes, channel);
     grid.put(k, pixels, line);
     k.copy(reinterpret_cast<const char*>(line), channel, grid.image() / k.lanes, stream);
 }

@@ -56,8 +56,8 @@ GRANET_API int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* con
                                    const int64_t g_strides[4], const float* x, const int64_t x_strides[4], float* dw,
                                    int threads);
 
-// Both: the same bits as by the two functions above. Where both can read one panel of g, in one pass fewer over it;
-// reads_once says whether they do, 1 or 0.
+// Both: the same bits as by the two functions above. Where both can read g together, panel by panel or image by image,
+// in one pass fewer over it; reads_once says whether they do, 1 or 0.
 GRANET_API int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const float* g,
                                       const int64_t g_strides[4], const float* x, const int64_t x_strides[4],
                                       const float* weight, float* dx, const int64_t dx_strides[4], float* dw,

@@ -31,7 +31,14 @@ void Grid::put(const KernelSet& k, const float* from, float* channel) const {
 
 void Grid::put_part(const float* from, int64_t first, int64_t count, float* channel) const {
     if (first == 0) std::memset(channel, 0, size_t(image()) * sizeof(float));
-    for (int64_t p = first; p < first + count; ++p) channel[p / columns * row + p % columns * column] = from[p - first];
+    int64_t y = first / columns, x = first % columns;
+    for (int64_t i = 0; i < count; ++i) {
+        channel[y * row + x * column] = from[i];
+        if (++x == columns) {
+            x = 0;
+            ++y;
+        }
+    }
 }
 
 Grid grid_of(const granet_conv& c) { return {c.out_h, c.out_w, c.stride_h * c.w, c.stride_w, c.w, c.h}; }

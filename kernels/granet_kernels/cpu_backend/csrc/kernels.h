@@ -13,12 +13,13 @@ namespace granet {
 constexpr int64_t ORDERED = 32;
 static_assert(ORDERED <= 256);  // a place in a group is a byte
 
-// A tap of a 3 x 3 kernel on rows of pixels, see near.inl: where it reads, in bytes from the pixel that is the tile's
-// first, less its number; and which lanes it reads of a vector at the left of its row, between, at the right, or alone.
+// A tap of a 3 x 3 kernel on rows of pixels, see near_panel.h: where it reads, in bytes from the row of the panel where
+// the tile's source begins, less its number; and which lanes it reads of a vector at the left or right end of its row,
+// or alone in it.
 using LaneMask = uint16_t;
 struct Tap {
     ptrdiff_t shift;
-    LaneMask mask[4];
+    LaneMask left, right, alone;
 };
 constexpr int32_t TAP_UNIT = 16;  // bytes: the offset of an entry is a multiple, plus the number of its tap
 
@@ -39,8 +40,8 @@ struct TileArgs {
     bool accumulate;    // add to what `out` holds, not to bias
     char* out;
     ptrdiff_t out_row, out_pitch, out_step;  // of a row of the weight, of a, of b
-    const Tap* taps;                         // by number
-    const char* ahead;   // what is read next: so many bytes are prefetched in each row
+    const Tap* taps;      // of a NearKernel, by number
+    const char* ahead;    // by it, so many bytes of what is read next are prefetched in each row
     int64_t ahead_step;
 };
 
@@ -55,7 +56,7 @@ struct DotArgs {
     const uint8_t* order;  // as above
     int64_t rows;
     float* sum;
-    const Tap* taps;
+    const Tap* taps;  // these three as above
     const char* ahead;
     int64_t ahead_step;
 };
@@ -69,7 +70,8 @@ struct WholeKernel {
     void (*dot)(const DotArgs&);
 };
 
-// Kernels for 3 x 3 convolutions of images `width` pixels wide, `height` rows at a time.
+// Kernels for 3 x 3 convolutions to images `width` pixels wide, `height` rows at a time, which lie one behind the other
+// in the source, the gradient and the destination: near.inl. The offset of an entry has the number of its tap in it.
 struct NearKernel {
     int width, height;
     void (*tile)(const TileArgs&);
@@ -141,7 +143,7 @@ struct KernelSet {
     NearKernel near[3];  // of width 0 where there is none
     const NearKernel* find_near(int64_t h, int64_t w) const {
         for (const NearKernel& each : near)
-            if (each.width == w && h % each.height == 0) return &each;
+            if (each.width > 0 && each.width == w && h % each.height == 0) return &each;
         return nullptr;
     }
     void (*pack_pixels)(const float* image, ptrdiff_t lane, int valid, int64_t count, ptrdiff_t next, char* panel,

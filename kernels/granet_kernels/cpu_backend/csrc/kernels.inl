@@ -10,6 +10,8 @@
 //   fused(a, b, c): a * b + c of vectors and of floats, rounded once where the instruction set can
 //   split_pairs(a, b, even, odd): every second of the 2 LANES floats of a and b; join_pairs: the way back
 //   sums4(a, b, c, d): the sums of four vectors, each by the same additions
+// and, if it can, GRANET_LANE_MASKS and
+//   load_masked(from, mask): the lanes of the mask, and zeros, from memory of which the others need not exist
 
 // Arrays indexed by constants become registers.
 #if defined(__clang__)
@@ -287,7 +289,7 @@ void copy(const char* vectors, float* image, int64_t count, bool stream) {
     for (int64_t i = 0; i < count; ++i) *(Vec*)(image + i * LANES) = from[i];
 }
 
-#include "second.inl"
+#include "every_second.inl"
 #include "norm.inl"
 #include "norm_rows.inl"
 #include "masked.inl"

@@ -1,5 +1,5 @@
-// 3 x 3 convolutions with padding 1, to images whose rows fill vectors: image by image, which is copied, not transposed.
-// A tile is some rows of a channel, one behind the other.
+// 3 x 3 convolutions with padding 1, to images whose rows fill vectors: image by image, each copied, not transposed. A
+// tile is some rows of a channel, one behind the other.
 #include "near.h"
 
 #include <algorithm>
@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t SIZE = sizeof(float);
 constexpr int64_t MAX_PANEL = int64_t(16) << 20;  // bytes of one image
+// Measured on 16 to 128 channels of 16 x 16 and 32 x 32 pixels.
+constexpr double FEW = 0.11, FEW_A_CHANNEL = 25;
 constexpr int64_t MOST_TOGETHER = 8;  // images that a thread takes, each prefetched during the one before it
 
 const char* at(const float* data, int64_t floats) { return reinterpret_cast<const char*>(data + floats); }
@@ -28,9 +30,22 @@ Access near_access(const KernelSet& k, const NearPanel& panel, const granet_conv
         access.tap_offset.push_back(by_output ? tap : WHOLE_TAPS - 1 - tap);
     }
     const int64_t rows = by_output ? c.out : c.in, channels = by_output ? c.in : c.out;
-    const int64_t tile = kernel.height * panel.row(), footprint = tile + 2 * panel.row();
+    const int64_t tile = kernel.height * panel.row(), planes = panel.planes();
+    const int64_t footprint = planes * tile + 2 * panel.row();
     access.block = block_of(footprint, tile, channels, double(nnz) / double(rows * channels), false);
     return access;
+}
+
+// Memory that will be read next.
+struct Ahead {
+    const char* data;
+    int64_t bytes;
+};
+
+// An image of so many channels, or nothing behind the last one, `end`.
+Ahead image_ahead(const Images& images, int64_t image, int64_t end, int64_t channels) {
+    if (image >= end) return {at(images.data, 0), 0};
+    return {at(images.data, image * images.strides[0]), channels * images.strides[1] * SIZE};
 }
 
 // Forward, or the input gradient.
@@ -58,10 +73,9 @@ struct NearPass {
     size_t panel_bytes() const { return channels * near.pitch(); }
     size_t vectors_bytes() const { return chunk * kernel.height * near.row(); }
 
-    int64_t ahead_bytes() const { return channels * (by_output ? c.h * c.w : c.out_h * c.out_w) * SIZE; }
 
-    // One image. ahead: of as many bytes as its own, to be prefetched; or NULL.
-    void run(int64_t image, const char* ahead, char* panel, char* vectors) const {
+    // One image. ahead: what is prefetched meanwhile.
+    void run(int64_t image, Ahead ahead, char* panel, char* vectors) const {
         near.pack(source.data + image * source.strides[0], source.strides[1], channels, panel);
         const int64_t tiles = c.out_h / kernel.height, tile = kernel.height * c.out_w;
         TileArgs args{};
@@ -70,7 +84,7 @@ struct NearPass {
         args.value = values.as<float>();
         args.out = vectors;
         args.out_row = tile * SIZE;
-        args.ahead_step = ahead ? ahead_bytes() / (rows * tiles * table->blocks) : 0;
+        args.ahead_step = ahead.bytes / (rows * tiles * table->blocks);
         for (int64_t y = 0; y < c.out_h; y += kernel.height) {
             args.source = panel + y * near.row();
             for (int64_t begin = 0; begin < rows; begin += chunk) {
@@ -81,8 +95,8 @@ struct NearPass {
                     args.ptr = table->row_ptr(0, block, begin);
                     args.order = table->order_of(0, block, begin, end);
                     args.accumulate = block > 0;
-                    args.ahead = ahead;
-                    if (ahead) ahead += args.ahead_step * args.rows;
+                    args.ahead = ahead.data;
+                    ahead.data += args.ahead_step * args.rows;
                     kernel.tile(args);
                 }
                 for (int64_t row = begin; row < end; ++row)
@@ -120,7 +134,7 @@ struct NearDots {
     size_t panel_bytes() const { return c.in * near.pitch(); }
 
     // gradient: of the first row, whose rows are so many bytes apart.
-    void add(int64_t image, const char* gradient, ptrdiff_t gradient_row, int64_t begin, int64_t end, const char* ahead,
+    void add(int64_t image, const char* gradient, ptrdiff_t gradient_row, int64_t begin, int64_t end, Ahead ahead,
              char* panel, float* sums) const {
         const NearKernel& kernel = *k.find_near(c.out_h, c.out_w);
         near.pack(source.data + image * source.strides[0], source.strides[1], c.in, panel);
@@ -130,15 +144,15 @@ struct NearDots {
         args.offset = table->offset.data();
         args.rows = end - begin;
         args.sum = sums;
-        args.ahead_step = ahead ? c.in * c.h * c.w * SIZE / (args.rows * (c.out_h / kernel.height) * table->blocks) : 0;
+        args.ahead_step = ahead.bytes / (args.rows * (c.out_h / kernel.height) * table->blocks);
         for (int64_t y = 0; y < c.out_h; y += kernel.height) {
             args.source = panel + y * near.row();
             args.gradient = gradient + y * near.row();
             for (int64_t block = 0; block < table->blocks; ++block) {
                 args.ptr = table->row_ptr(0, block, begin);
                 args.order = table->order_of(0, block, begin, end);
-                args.ahead = ahead;
-                if (ahead) ahead += args.ahead_step * args.rows;
+                args.ahead = ahead.data;
+                ahead.data += args.ahead_step * args.rows;
                 kernel.dot(args);
             }
         }
@@ -156,17 +170,23 @@ bool has_rows(const int64_t strides[4], int64_t h, int64_t w) {
     return strides[3] == 1 && strides[2] == w && strides[1] >= h * w;
 }
 
+// Vectors that begin anywhere are slower to multiply with, by a fifth, than those of panels, which take longer to pack.
+bool pays(const granet_layout& layout, const granet_conv& c) {
+    return layout.density() <= FEW || double(layout.nnz()) <= FEW_A_CHANNEL * double(c.in + c.out);
+}
+
 bool takes(const KernelSet& k, const granet_conv& c) {
-    const int64_t panel = std::max(c.in, c.out) * NearPanel(k, c.out_h, c.out_w, c.stride_h).pitch();
     return c.kh == 3 && c.kw == 3 && c.stride_h == c.stride_w && c.stride_h <= 2 && c.pad_h == 1 && c.pad_w == 1 &&
            c.dil_h == 1 && c.dil_w == 1 && c.h == c.stride_h * c.out_h && c.w == c.stride_w * c.out_w &&
-           k.find_near(c.out_h, c.out_w) != nullptr && panel <= MAX_PANEL;
+           k.find_near(c.out_h, c.out_w) != nullptr &&
+           std::max(c.in, c.out) * NearPanel(k, c.out_h, c.out_w, c.stride_h).pitch() <= MAX_PANEL;
 }
 
 }  // namespace
 
-bool near_applies(const KernelSet& k, const granet_conv& c, const int64_t x[4], const int64_t y[4]) {
-    return takes(k, c) && has_rows(x, c.h, c.w) && has_rows(y, c.out_h, c.out_w);
+bool near_applies(const KernelSet& k, const granet_layout& layout, const granet_conv& c, const int64_t x[4],
+                  const int64_t y[4]) {
+    return pays(layout, c) && takes(k, c) && has_rows(x, c.h, c.w) && has_rows(y, c.out_h, c.out_w);
 }
 
 int gather_near(const KernelSet& k, granet_layout* layout, bool by_output, const granet_conv& c, const Images& source,
@@ -179,8 +199,7 @@ int gather_near(const KernelSet& k, granet_layout* layout, bool by_output, const
         const ThreadScratch::Lease lease(scratch);
         const int64_t end = std::min(source.n, (item + 1) * together);
         for (int64_t image = item * together; image < end; ++image)
-            pass.run(image, image + 1 < end ? at(source.data, (image + 1) * source.strides[0]) : nullptr, lease.first(),
-                     lease.second());
+            pass.run(image, image_ahead(source, image + 1, end, pass.channels), lease.first(), lease.second());
     });
     return GRANET_OK;
 }
@@ -196,7 +215,7 @@ int wgrad_near(const KernelSet& k, granet_layout* layout, const granet_conv& c, 
                        dots.add(image,
                                 at(gradient.data, image * gradient.strides[0] + row_begin * gradient.strides[1]),
                                 gradient.strides[1] * SIZE, row_begin, row_end,
-                                image + 1 < end ? at(source.data, (image + 1) * source.strides[0]) : nullptr,
+                                image_ahead(source, image + 1, end, c.in),
                                 lease.first(), sums);
                });
     return GRANET_OK;
@@ -218,9 +237,9 @@ void backward_near(const KernelSet& k, granet_layout* layout, const granet_conv&
                    const ThreadScratch::Lease lease(scratch);
                    const char* packed = lease.first() + dgrad.near.row() + row_begin * dgrad.near.pitch();
                    for (int64_t image = begin; image < end; ++image) {
-                       dgrad.run(image, at(source.data, image * source.strides[0]), lease.first(), lease.second());
+                       dgrad.run(image, image_ahead(source, image, end, c.in), lease.first(), lease.second());
                        dots.add(image, packed, dgrad.near.pitch(), row_begin, row_end,
-                                image + 1 < end ? at(gradient.data, (image + 1) * gradient.strides[0]) : nullptr,
+                                image_ahead(gradient, image + 1, end, c.out),
                                 lease.second(), sums);
                    }
                });

@@ -1,20 +1,20 @@
-// 3 x 3 convolutions with stride 1 and padding 1 on images with a row of zeros above and below: a vector holds pixels of
-// a row, and a mask takes away those that a tap would read beyond its ends.
+// 3 x 3 convolutions on the panels of near_panel.h: a vector holds pixels of a row, and a mask takes away those that a
+// tap would read beyond its ends.
 // Included by kernels.inl.
 
 template <int TW>
 struct NearMasks {
-    LaneMask mask[3];
+    LaneMask left, right;
 
-    explicit NearMasks(const Tap& tap) : mask{tap.mask[TW == 1 ? 3 : 0], tap.mask[1], tap.mask[2]} {}
+    explicit NearMasks(const Tap& tap) : left(TW == 1 ? tap.alone : tap.left), right(tap.right) {}
     Vec load(const char* from, int b) const {
-        if (b == 0 || b == TW - 1) return load_masked((const float*)from, mask[b == 0 ? 0 : 2]);
+        if (b == 0 || b == TW - 1) return load_masked((const float*)from, b == 0 ? left : right);
         return *(const Vec*)from;
     }
 };
 
-inline void prefetch_part(const char* ahead, int64_t step, int64_t row) {
-    for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(ahead + row * step + i, 0, 2);
+inline void prefetch_part(const char* ahead, int64_t step, int64_t part) {
+    for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(ahead + part * step + i, 0, 2);
 }
 
 template <int TH, int TW>

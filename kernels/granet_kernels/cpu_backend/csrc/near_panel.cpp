@@ -13,7 +13,7 @@ NearPanel::NearPanel(const KernelSet& k, int64_t h, int64_t w, int64_t stride)
         const int64_t first = stride == 1 ? down : plane(down != 1, dx != 0) + (down == 2);
         const int64_t pixel = first * w + (reads_right ? 1 : reads_left ? -1 : 0);
         const auto left = LaneMask(reads_left ? all & ~1u : all), right = LaneMask(reads_right ? all >> 1 : all);
-        taps_[number] = {pixel * ptrdiff_t(sizeof(float)) - number, {left, all, right, LaneMask(left & right)}};
+        taps_[number] = {pixel * ptrdiff_t(sizeof(float)) - number, left, right, LaneMask(left & right)};
     }
 }
 
@@ -33,7 +33,8 @@ void NearPanel::pack_whole(const float* channel, char* to) const {
 }
 
 void NearPanel::pack_planes(const float* channel, char* to) const {
-    for (const bool odd_column : {false, true}) std::memset(to + plane(true, odd_column) * row(), 0, row());
+    std::memset(to + plane(true, false) * row(), 0, row());
+    std::memset(to + plane(true, true) * row(), 0, row());
     for (int64_t y = 0; y < 2 * h_; ++y) {
         const bool odd = y % 2;
         auto* even = reinterpret_cast<float*>(to + (plane(odd, false) + y / 2 + odd) * row());

@@ -3,9 +3,7 @@
 
 #include <cstdint>
 
-#include "granet_cpu.h"
 #include "kernels.h"
-#include "panel.h"
 
 namespace granet {
 
@@ -18,6 +16,7 @@ class NearPanel {
     NearPanel(const KernelSet& kernels, int64_t h, int64_t w, int64_t stride);
 
     int64_t pitch() const { return pitch_; }                          // bytes of a channel
+    int64_t planes() const { return stride_ * stride_; }
     int64_t row() const { return w_ * int64_t(sizeof(float)); }      // of a row
     const Tap* taps() const { return taps_; }                        // by number, three a row of the kernel
     // `channels` of an image that lie so many floats apart.

@@ -34,7 +34,7 @@ int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const
         clear(dw, c.out * c.in * c.kh * c.kw, threads);
         return GRANET_OK;
     }
-    if (near_applies(k, c, source.strides, gradient.strides))
+    if (near_applies(k, *layout, c, source.strides, gradient.strides))
         return wgrad_near(k, layout, c, gradient, source, dw, threads);
     if (direct_applies(k, c, source.strides, gradient.strides))
         return wgrad_direct(k, layout, c, gradient, source, dw, threads);
