@@ -50,13 +50,12 @@ Ahead image_ahead(const Images& images, int64_t image, int64_t end, int64_t chan
 
 // Forward, or the input gradient.
 struct NearPass {
-    NearPass(const KernelSet& kernels, granet_layout* layout, bool by_output_, const granet_conv& conv,
+    NearPass(const KernelSet& kernels, granet_layout* layout, bool by_output, const granet_conv& conv,
              const Images& images, const float* weight, const float* bias_, float* out_, const int64_t* out_strides_,
              int threads)
         : k(kernels),
           kernel(*k.find_near(conv.out_h, conv.out_w)),
           c(conv),
-          by_output(by_output_),
           rows(by_output ? c.out : c.in),
           channels(by_output ? c.in : c.out),
           near(k, c.out_h, c.out_w, by_output ? c.stride_h : 1),
@@ -72,7 +71,6 @@ struct NearPass {
     }
     size_t panel_bytes() const { return channels * near.pitch(); }
     size_t vectors_bytes() const { return chunk * kernel.height * near.row(); }
-
 
     // One image. ahead: what is prefetched meanwhile.
     void run(int64_t image, Ahead ahead, char* panel, char* vectors) const {
@@ -110,7 +108,6 @@ struct NearPass {
     const KernelSet& k;
     const NearKernel& kernel;
     const granet_conv& c;
-    bool by_output;
     int64_t rows, channels;
     NearPanel near;
     std::shared_ptr<const Table> table;
@@ -215,8 +212,7 @@ int wgrad_near(const KernelSet& k, granet_layout* layout, const granet_conv& c, 
                        dots.add(image,
                                 at(gradient.data, image * gradient.strides[0] + row_begin * gradient.strides[1]),
                                 gradient.strides[1] * SIZE, row_begin, row_end,
-                                image_ahead(source, image + 1, end, c.in),
-                                lease.first(), sums);
+                                image_ahead(source, image + 1, end, c.in), lease.first(), sums);
                });
     return GRANET_OK;
 }
@@ -239,8 +235,7 @@ void backward_near(const KernelSet& k, granet_layout* layout, const granet_conv&
                    for (int64_t image = begin; image < end; ++image) {
                        dgrad.run(image, image_ahead(source, image, end, c.in), lease.first(), lease.second());
                        dots.add(image, packed, dgrad.near.pitch(), row_begin, row_end,
-                                image_ahead(gradient, image + 1, end, c.out),
-                                lease.second(), sums);
+                                image_ahead(gradient, image + 1, end, c.out), lease.second(), sums);
                    }
                });
 }

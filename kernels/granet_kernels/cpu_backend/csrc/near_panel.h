@@ -15,10 +15,10 @@ class NearPanel {
    public:
     NearPanel(const KernelSet& kernels, int64_t h, int64_t w, int64_t stride);
 
-    int64_t pitch() const { return pitch_; }                          // bytes of a channel
+    int64_t pitch() const { return pitch_; }                     // bytes of a channel
+    int64_t row() const { return w_ * int64_t(sizeof(float)); }  // bytes of a row
     int64_t planes() const { return stride_ * stride_; }
-    int64_t row() const { return w_ * int64_t(sizeof(float)); }      // of a row
-    const Tap* taps() const { return taps_; }                        // by number, three a row of the kernel
+    const Tap* taps() const { return taps_; }  // by number, three a row of the kernel
     // `channels` of an image that lie so many floats apart.
     void pack(const float* image, int64_t channel_stride, int64_t channels, char* panel) const;
 
