@@ -42,11 +42,28 @@ def transposed(t):
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
+def part_of_the_channels(images):
+    n, c, h, w = images.shape
+    return torch.full((n, c + 3, h, w), torch.nan)[:, 2 : 2 + c].copy_(images)
+
+
+def in_channels_last(images):
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def expanded(images):
+    return images[:1, :, :1].expand_as(images)
+
+
+def as_double(tensors):
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
 # name: (function of x, function of the output's gradient, memory format of the weight and the mask)
 LAYOUTS = {
     "contiguous": (torch.clone, torch.clone, torch.contiguous_format),
-    "channels-last": (*[lambda t: t.contiguous(memory_format=torch.channels_last)] * 2, torch.channels_last),
-    "mixed": (torch.clone, lambda t: t.contiguous(memory_format=torch.channels_last), torch.channels_last),
+    "channels-last": (in_channels_last, in_channels_last, torch.channels_last),
+    "mixed": (torch.clone, in_channels_last, torch.channels_last),
     "sliced": (sliced, sliced, torch.contiguous_format),
     "transposed": (transposed, transposed, torch.channels_last),
     "expanded": (lambda t: t[:1].expand_as(t), lambda t: t[:1, :1, :1, :1].expand_as(t), torch.contiguous_format),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ISAS
+from cases import ISAS, as_double, expanded, in_channels_last, part_of_the_channels
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from granet_kernels.conv2d import conv2d_op
@@ -64,10 +64,6 @@ def torchs(x, grad, weight, mask, bias, stride):
     )
 
 
-def as_double(tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
 def assert_right(given, stride, assert_as_accurate):
     """As accurate as torch in the format where it is less so: in channels_last it adds up in sequence, as we do."""
     got, exact = results(*given, stride), torchs(*as_double(given), stride)
@@ -102,11 +98,6 @@ def test_any_number_of_threads_and_one_call(sizes, density, stride, random_mask)
     assert torch.equal(seen[0][2], seen[0][4])
 
 
-def part_of_the_channels(images):
-    n, c, h, w = images.shape
-    return torch.full((n, c + 3, h, w), torch.nan)[:, 2 : 2 + c].copy_(images)
-
-
 def part_of_the_rows(images):
     n, c, h, w = images.shape
     return torch.full((n, c, h + 3, w), torch.nan)[:, :, 1 : 1 + h].copy_(images)
@@ -119,14 +110,6 @@ def part_of_the_columns(images):
 
 def one_float_further(images):
     return torch.full((images.numel() + 1,), torch.nan)[1:].view(images.shape).copy_(images)
-
-
-def in_channels_last(images):
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def expanded(images):
-    return images[:1, :, :1].expand_as(images)
 
 
 LIE = [

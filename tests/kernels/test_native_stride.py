@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ISAS
+from cases import ISAS, as_double, expanded, in_channels_last, part_of_the_channels
 from torch.nn.grad import conv2d_weight
 
 from granet_kernels.conv2d import conv2d_op
@@ -53,10 +53,6 @@ def torchs(x, grad, weight, mask, bias, stride):
     return y.detach(), x_grad, conv2d_weight(x.detach(), weight.shape, grad, stride) * mask
 
 
-def as_double(tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
 def assert_right(given, stride, assert_as_accurate):
     got = results(*given, stride)
     for actual, own, exact in zip(got, torchs(*given, stride), torchs(*as_double(given), stride), strict=True):
@@ -93,19 +89,6 @@ def test_any_number_of_threads_and_one_call(height, side, isa, random_mask, isa_
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
     assert torch.equal(seen[0][1], seen[0][3])
     assert torch.equal(seen[0][2], seen[0][4])
-
-
-def part_of_the_channels(images):
-    n, c, h, w = images.shape
-    return torch.full((n, c + 3, h, w), torch.nan)[:, 2 : 2 + c].copy_(images)
-
-
-def in_channels_last(images):
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def expanded(images):
-    return images[:1, :, :1].expand_as(images)
 
 
 @pytest.mark.parametrize("of_grad", [torch.clone, part_of_the_channels, in_channels_last, expanded])

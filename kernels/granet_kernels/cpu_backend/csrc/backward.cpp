@@ -1,6 +1,6 @@
-// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it, or image by image:
-// where few weights are left, packing, unpacking and memory are most of a layer's time. (Not where the input gradient has
-// narrower panels, as in linear layers of few weights a row: they gain as much.)
+// Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it, or image by
+// image: where few weights are left, packing, unpacking and memory are most of a layer's time. (Not where the input
+// gradient has narrower panels, as in linear layers of few weights a row: they gain as much.)
 #include <optional>
 
 #include "direct.h"
@@ -123,8 +123,7 @@ int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const
         if (near || is_direct(k, layout, p, threads)) {
             const Images gradient{g, p.g.data(), p.c.n}, source{x, p.x.data(), p.c.n};
             const auto run = near ? backward_near : backward_direct;
-            run(k, layout, p.c, gradient, source, weight, dx, p.dx.data(), dw, threads);
-            return GRANET_OK;
+            return run(k, layout, p.c, gradient, source, weight, dx, p.dx.data(), dw, threads);
         }
         if (const auto shared = find_shared(k, layout, p, threads)) {
             const Operands o{{g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx, p.dx.data(), dw};

@@ -37,23 +37,19 @@ Tiling tiling_of(int64_t images, int64_t pixels, const KernelSet& k, bool shares
     return t;
 }
 
-Access direct_access(bool by_output, int64_t channel_stride, const Tiling& t, int64_t rows, int64_t channels,
-                     int64_t nnz) {
+// Of the pixels `read` of images: in place, or copied into a row.
+Access access_of(const granet_layout& layout, bool by_output, const Grid& read, const Images& images, const Tiling& t) {
+    const int64_t stride = read.has_all() ? images.strides[1] : read.pixels();
     Access access;
     access.by_output = by_output;
-    access.channel_pitch = channel_stride * int64_t(sizeof(float));
+    access.channel_pitch = stride * int64_t(sizeof(float));
     access.height = t.height;
     access.phase = {0};
     access.tap_offset = {0};
     const int64_t tile = t.th * t.tw * t.vector;
-    access.block = block_of(tile, tile, channels, double(nnz) / double(rows * channels), false);
+    access.block = block_of(tile, tile, layout.shape[by_output ? 1 : 0], layout.density(), false);
     return access;
 }
-
-const char* at(const float* data, int64_t floats) { return reinterpret_cast<const char*>(data + floats); }
-
-// How far apart the channels of what a tile reads are.
-int64_t channel_stride_of(const Grid& grid, int64_t in_memory) { return grid.has_all() ? in_memory : grid.pixels(); }
 
 // Where a tile of images is read from, and how far apart they are, in bytes.
 struct Tile {
@@ -80,52 +76,35 @@ size_t tile_bytes(const Grid& grid, int64_t images, int64_t channels) {
 
 // Forward, or the input gradient.
 struct DirectPass {
-    DirectPass(const KernelSet& kernels, granet_layout* layout, bool by_output_, const granet_conv& c,
-               const Images& images, const float* weight, const float* bias_, float* out_, const int64_t* out_strides_,
+    DirectPass(const KernelSet& kernels, granet_layout* layout, bool by_output, const granet_conv& c,
+               const Images& images, const float* weight, const float* bias, float* out, const int64_t* out_strides,
                int threads)
         : k(kernels),
-          by_output(by_output_),
           grid(grid_of(c)),
           read(by_output ? grid : Grid{1, grid.pixels(), grid.pixels(), 1, grid.pixels(), 1}),
-          rows(by_output ? c.out : c.in),
+          spreads(!by_output && !grid.has_all()),
           channels(by_output ? c.in : c.out),
           tiling(tiling_of(images.n, grid.pixels(), k, layout->shares_rows(by_output, k.shared_rows), k.max_tile)),
-          table(layout->table(direct_access(by_output, channel_stride_of(read, images.strides[1]), tiling, rows,
-                                            channels, layout->nnz()))),
-          values(table->nnz() * sizeof(float)),
-          source(images),
-          bias(bias_),
-          out(out_),
-          out_strides(out_strides_),
-          stream(goes_past_cache(source.n * rows * (by_output ? grid.pixels() : grid.image()))),
-          chunk(table->blocks == 1 ? CHUNK : rows) {
-        gather_values(*table, weight, values.as<float>(), threads);
-    }
-    bool spreads() const { return !by_output && !grid.has_all(); }
+          pass(layout->table(access_of(*layout, by_output, read, images, tiling)), weight, bias, out, out_strides,
+               images.n * (by_output ? c.out * grid.pixels() : c.in * grid.image()), threads),
+          source(images) {}
     size_t tile_bytes() const { return granet::tile_bytes(read, tiling.th, channels); }
     // Of finished tiles, and of a channel whose pixels are spread.
-    size_t vectors_bytes() const { return chunk * tiling.th * tiling.tw * tiling.vector + line_bytes(); }
+    size_t vectors_bytes() const { return pass.chunk * tiling.th * tiling.tw * tiling.vector + line_bytes(); }
     // Whether a channel is put together in memory of its own, and copied from there.
-    bool has_line() const { return spreads() && tiling.tw == tiling.vectors && grid.image() % k.lanes == 0; }
+    bool has_line() const { return spreads && tiling.tw == tiling.vectors && grid.image() % k.lanes == 0; }
     size_t line_bytes() const { return has_line() ? size_t(grid.image()) * sizeof(float) : 0; }
 
     void run(int64_t image, int th, char* memory, char* vectors) const;
-    void run_tile(const Tile& tile, int64_t image, int64_t j, int th, int tw, char* vectors, float* line) const;
     void store(const char* from, int64_t j, int tw, float* channel, float* line) const;
 
     const KernelSet& k;
-    bool by_output;
     Grid grid, read;
-    int64_t rows, channels;
+    bool spreads;
+    int64_t channels;
     Tiling tiling;
-    std::shared_ptr<const Table> table;
-    Scratch values;
+    RowsPass pass;
     const Images& source;
-    const float* bias;
-    float* out;
-    const int64_t* out_strides;
-    bool stream;
-    int64_t chunk;  // rows that the scratch memory holds
 };
 
 // th images, every row.
@@ -133,54 +112,30 @@ void DirectPass::run(int64_t image, int th, char* memory, char* vectors) const {
     const Tile tile = tile_of(k, read, source, image, th, channels, memory);
     auto* line = reinterpret_cast<float*>(vectors);
     std::memset(line, 0, line_bytes());
-    for (int64_t j = 0; j < tiling.vectors; j += tiling.tw)
-        run_tile(tile, image, j, th, int(std::min<int64_t>(tiling.tw, tiling.vectors - j)), vectors + line_bytes(),
-                 line);
+    TileArgs args{};
+    args.source_pitch = tile.pitch;
+    args.out = vectors + line_bytes();
+    args.out_step = tiling.vector;
+    for (int64_t j = 0; j < tiling.vectors; j += tiling.tw) {
+        const int tw = int(std::min<int64_t>(tiling.tw, tiling.vectors - j));
+        args.source = tile.data + j * tiling.vector;
+        args.out_pitch = tw * args.out_step;
+        args.out_row = th * args.out_pitch;
+        pass.run(args, k.tile(th, tw, tiling.height > 1), [&](int64_t row, const char* finished) {
+            for (int a = 0; a < th; ++a)
+                store(finished + a * args.out_pitch, j, tw, pass.channel(image + a, row), line);
+        });
+    }
     k.fence();
 }
 
 // tw vectors of pixels of a channel, from vector j on.
 void DirectPass::store(const char* from, int64_t j, int tw, float* channel, float* line) const {
-    if (!spreads()) return k.copy(from, channel + j * k.lanes, tw, stream);
+    if (!spreads) return k.copy(from, channel + j * k.lanes, tw, pass.stream);
     const auto* pixels = reinterpret_cast<const float*>(from);
     if (!has_line()) return grid.put_part(pixels, j * k.lanes, tw * k.lanes, channel);
     grid.put(k, pixels, line);
-    k.copy(reinterpret_cast<const char*>(line), channel, grid.image() / k.lanes, stream);
-}
-
-// th images, tw vectors of pixels from vector j on, every row.
-void DirectPass::run_tile(const Tile& tile, int64_t image, int64_t j, int th, int tw, char* vectors,
-                          float* line) const {
-    TileArgs args{};
-    args.source = tile.data + j * tiling.vector;
-    args.source_pitch = tile.pitch;
-    args.offset = table->offset.data();
-    args.value = values.as<float>();
-    args.out = vectors;
-    args.out_step = tiling.vector;
-    args.out_pitch = tw * args.out_step;
-    args.out_row = th * args.out_pitch;
-    for (int64_t begin = 0; begin < rows; begin += chunk) {
-        const int64_t end = std::min(begin + chunk, rows);
-        args.rows = end - begin;
-        args.bias = bias ? bias + begin : nullptr;
-        for (int64_t block = 0; block < table->blocks; ++block) {
-            args.ptr = table->row_ptr(0, block, begin);
-            args.order = table->order_of(0, block, begin, end);
-            args.accumulate = block > 0;
-            k.tile(th, tw, tiling.height > 1)(args);
-        }
-        for (int64_t row = begin; row < end; ++row)
-            for (int a = 0; a < th; ++a)
-                store(vectors + (row - begin) * args.out_row + a * args.out_pitch, j, tw,
-                      out + (image + a) * out_strides[0] + row * out_strides[1], line);
-    }
-}
-
-Access wgrad_access(const KernelSet& k, const granet_conv& c, const Grid& grid, int64_t channel_stride,
-                    granet_layout* layout) {
-    const Tiling t = tiling_of(c.n, grid.pixels(), k, layout->shares_rows(true, k.shared_rows), k.max_dot);
-    return direct_access(true, channel_stride_of(grid, channel_stride), t, c.out, c.in, layout->nnz());
+    k.copy(reinterpret_cast<const char*>(line), channel, grid.image() / k.lanes, pass.stream);
 }
 
 // The weight gradient that images give.
@@ -190,8 +145,8 @@ struct DirectDots {
         : k(kernels),
           grid(grid_of(c)),
           channels(c.in),
-          table(layout->table(wgrad_access(k, c, grid, source_.strides[1], layout))),
-          tiling(tiling_of(source_.n, grid.pixels(), k, table->access.height > 1, k.max_dot)),
+          tiling(tiling_of(source_.n, grid.pixels(), k, layout->shares_rows(true, k.shared_rows), k.max_dot)),
+          table(layout->table(access_of(*layout, true, grid, source_, tiling))),
           gradient(gradient_),
           source(source_) {}
     size_t tile_bytes() const { return granet::tile_bytes(grid, tiling.th, channels); }
@@ -199,31 +154,25 @@ struct DirectDots {
     // th images, rows [row_begin, row_end).
     void add(int64_t image, int th, int64_t row_begin, int64_t row_end, char* memory, float* sums) const {
         const Tile tile = tile_of(k, grid, source, image, th, channels, memory);
+        DotArgs args{};
+        args.source_pitch = tile.pitch;
+        args.gradient_pitch = gradient.strides[0] * ptrdiff_t(sizeof(float));
+        args.gradient_row = gradient.strides[1] * ptrdiff_t(sizeof(float));
+        args.sum = sums;
         for (int64_t j = 0; j < tiling.vectors; j += tiling.tw) {
             const int tw = int(std::min<int64_t>(tiling.tw, tiling.vectors - j));
-            DotArgs args{};
             args.source = tile.data + j * tiling.vector;
-            args.source_pitch = tile.pitch;
             args.gradient =
                 at(gradient.data, image * gradient.strides[0] + row_begin * gradient.strides[1] + j * k.lanes);
-            args.gradient_pitch = gradient.strides[0] * ptrdiff_t(sizeof(float));
-            args.gradient_row = gradient.strides[1] * ptrdiff_t(sizeof(float));
-            args.offset = table->offset.data();
-            args.rows = row_end - row_begin;
-            args.sum = sums;
-            for (int64_t block = 0; block < table->blocks; ++block) {
-                args.ptr = table->row_ptr(0, block, row_begin);
-                args.order = table->order_of(0, block, row_begin, row_end);
-                k.dot(th, tw, tiling.height > 1)(args);
-            }
+            for_blocks(*table, row_begin, row_end, args, k.dot(th, tw, tiling.height > 1));
         }
     }
 
     const KernelSet& k;
     Grid grid;
     int64_t channels;
-    std::shared_ptr<const Table> table;
     Tiling tiling;
+    std::shared_ptr<const Table> table;
     const Images &gradient, &source;
 };
 
@@ -292,9 +241,9 @@ bool direct_reads_once(const KernelSet& k, granet_layout* layout, const granet_c
 }
 
 // Few images at a time, whose gradient stays in the second-level cache between the two.
-void backward_direct(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
-                     const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
-                     int threads) {
+int backward_direct(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
+                    const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
+                    int threads) {
     const DirectPass dgrad(k, layout, false, c, gradient, weight, nullptr, dx, dx_strides, threads);
     const DirectDots dots(k, layout, c, gradient, source);
     const ThreadScratch scratch(threads, threads, std::max(dgrad.tile_bytes(), dots.tile_bytes()),
@@ -312,6 +261,7 @@ void backward_direct(const KernelSet& k, granet_layout* layout, const granet_con
                        });
                    });
                });
+    return GRANET_OK;
 }
 
 }  // namespace granet

@@ -19,9 +19,9 @@ int wgrad_direct(const KernelSet& kernels, granet_layout* layout, const granet_c
                  const Images& source, float* dw, int threads);
 
 // Both gradients, reading that of y once; and whether this pays.
-void backward_direct(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
-                     const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
-                     int threads);
+int backward_direct(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
+                    const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
+                    int threads);
 bool direct_reads_once(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, int threads);
 
 }  // namespace granet

@@ -61,21 +61,13 @@ void DotItem::multiply(const char* source, const GradientPanel& gradient, int th
     args.source_pitch = g_.pitch();
     args.gradient_pitch = gradient.pitch;
     args.gradient_row = gradient.row_pitch;
-    args.offset = p_.table.offset.data();
-    args.rows = row_end_ - row_begin_;
     args.sum = sums_;
     for (int64_t j = 0; j < g_.row_vectors(); j += g_.tw) {
         const int tw = int(std::min<int64_t>(g_.tw, g_.row_vectors() - j));
         args.source = source + j * g_.vector;
         args.gradient = gradient.data + j * g_.vector;
-        for (int64_t block = 0; block < p_.table.blocks; ++block) {
-            args.ptr = p_.table.row_ptr(0, block, row_begin_);
-            args.order = p_.table.order_of(0, block, row_begin_, row_end_);
-            if (g_.whole)
-                g_.whole->dot(args);
-            else
-                p_.kernels.dot(th, tw, g_.height > 1)(args);
-        }
+        const auto kernel = g_.whole ? g_.whole->dot : p_.kernels.dot(th, tw, g_.height > 1);
+        for_blocks(p_.table, row_begin_, row_end_, args, kernel);
     }
 }
 

@@ -18,9 +18,8 @@ constexpr int64_t MAX_PANEL = int64_t(16) << 20;  // bytes of one image
 constexpr double FEW = 0.11, FEW_A_CHANNEL = 25;
 constexpr int64_t MOST_TOGETHER = 8;  // images that a thread takes, each prefetched during the one before it
 
-const char* at(const float* data, int64_t floats) { return reinterpret_cast<const char*>(data + floats); }
-
-Access near_access(const KernelSet& k, const NearPanel& panel, const granet_conv& c, bool by_output, int64_t nnz) {
+Access near_access(const KernelSet& k, const NearPanel& panel, const granet_conv& c, bool by_output,
+                   const granet_layout& layout) {
     const NearKernel& kernel = *k.find_near(c.out_h, c.out_w);
     Access access;
     access.by_output = by_output;
@@ -29,10 +28,9 @@ Access near_access(const KernelSet& k, const NearPanel& panel, const granet_conv
         access.phase.push_back(0);
         access.tap_offset.push_back(by_output ? tap : WHOLE_TAPS - 1 - tap);
     }
-    const int64_t rows = by_output ? c.out : c.in, channels = by_output ? c.in : c.out;
-    const int64_t tile = kernel.height * panel.row(), planes = panel.planes();
-    const int64_t footprint = planes * tile + 2 * panel.row();
-    access.block = block_of(footprint, tile, channels, double(nnz) / double(rows * channels), false);
+    const int64_t tile = kernel.height * panel.row(), footprint = panel.planes() * tile + 2 * panel.row();
+    const double density = layout.density() * WHOLE_TAPS;  // of all taps of a channel
+    access.block = block_of(footprint, tile, by_output ? c.in : c.out, density, false);
     return access;
 }
 
@@ -51,56 +49,38 @@ Ahead image_ahead(const Images& images, int64_t image, int64_t end, int64_t chan
 // Forward, or the input gradient.
 struct NearPass {
     NearPass(const KernelSet& kernels, granet_layout* layout, bool by_output, const granet_conv& conv,
-             const Images& images, const float* weight, const float* bias_, float* out_, const int64_t* out_strides_,
+             const Images& images, const float* weight, const float* bias, float* out, const int64_t* out_strides,
              int threads)
         : k(kernels),
           kernel(*k.find_near(conv.out_h, conv.out_w)),
           c(conv),
-          rows(by_output ? c.out : c.in),
           channels(by_output ? c.in : c.out),
           near(k, c.out_h, c.out_w, by_output ? c.stride_h : 1),
-          table(layout->table(near_access(k, near, c, by_output, layout->nnz()))),
-          values(table->nnz() * SIZE),
-          source(images),
-          bias(bias_),
-          out(out_),
-          out_strides(out_strides_),
-          stream(goes_past_cache(source.n * rows * c.out_h * c.out_w)),
-          chunk(table->blocks == 1 ? CHUNK : rows) {
-        gather_values(*table, weight, values.as<float>(), threads);
-    }
+          pass(layout->table(near_access(k, near, c, by_output, *layout)), weight, bias, out, out_strides,
+               images.n * (by_output ? c.out : c.in) * c.out_h * c.out_w, threads),
+          source(images) {}
     size_t panel_bytes() const { return channels * near.pitch(); }
-    size_t vectors_bytes() const { return chunk * kernel.height * near.row(); }
+    size_t vectors_bytes() const { return pass.chunk * kernel.height * near.row(); }
 
     // One image. ahead: what is prefetched meanwhile.
     void run(int64_t image, Ahead ahead, char* panel, char* vectors) const {
         near.pack(source.data + image * source.strides[0], source.strides[1], channels, panel);
-        const int64_t tiles = c.out_h / kernel.height, tile = kernel.height * c.out_w;
+        const int64_t tile = kernel.height * c.out_w;
         TileArgs args{};
         args.taps = near.taps();
-        args.offset = table->offset.data();
-        args.value = values.as<float>();
         args.out = vectors;
         args.out_row = tile * SIZE;
-        args.ahead_step = ahead.bytes / (rows * tiles * table->blocks);
+        args.ahead_step = ahead.bytes / (pass.table->rows * pass.table->blocks * (c.out_h / kernel.height));
+        args.ahead = ahead.data;
+        const auto multiply = [&](TileArgs& of_block) {
+            kernel.tile(of_block);
+            of_block.ahead += of_block.ahead_step * of_block.rows;
+        };
         for (int64_t y = 0; y < c.out_h; y += kernel.height) {
             args.source = panel + y * near.row();
-            for (int64_t begin = 0; begin < rows; begin += chunk) {
-                const int64_t end = std::min(begin + chunk, rows);
-                args.rows = end - begin;
-                args.bias = bias ? bias + begin : nullptr;
-                for (int64_t block = 0; block < table->blocks; ++block) {
-                    args.ptr = table->row_ptr(0, block, begin);
-                    args.order = table->order_of(0, block, begin, end);
-                    args.accumulate = block > 0;
-                    args.ahead = ahead.data;
-                    ahead.data += args.ahead_step * args.rows;
-                    kernel.tile(args);
-                }
-                for (int64_t row = begin; row < end; ++row)
-                    k.copy(vectors + (row - begin) * args.out_row,
-                           out + image * out_strides[0] + row * out_strides[1] + y * c.out_w, tile / k.lanes, stream);
-            }
+            pass.run(args, multiply, [&](int64_t row, const char* finished) {
+                k.copy(finished, pass.channel(image, row) + y * c.out_w, tile / k.lanes, pass.stream);
+            });
         }
         k.fence();
     }
@@ -108,16 +88,10 @@ struct NearPass {
     const KernelSet& k;
     const NearKernel& kernel;
     const granet_conv& c;
-    int64_t rows, channels;
+    int64_t channels;
     NearPanel near;
-    std::shared_ptr<const Table> table;
-    Scratch values;
+    RowsPass pass;
     const Images& source;
-    const float* bias;
-    float* out;
-    const int64_t* out_strides;
-    bool stream;
-    int64_t chunk;
 };
 
 // The weight gradient that an image gives, of rows [begin, end).
@@ -126,7 +100,7 @@ struct NearDots {
         : k(kernels),
           c(conv),
           near(k, c.out_h, c.out_w, c.stride_h),
-          table(layout->table(near_access(k, near, c, true, layout->nnz()))),
+          table(layout->table(near_access(k, near, c, true, *layout))),
           source(images) {}
     size_t panel_bytes() const { return c.in * near.pitch(); }
 
@@ -138,20 +112,17 @@ struct NearDots {
         DotArgs args{};
         args.taps = near.taps();
         args.gradient_row = gradient_row;
-        args.offset = table->offset.data();
-        args.rows = end - begin;
         args.sum = sums;
-        args.ahead_step = ahead.bytes / (args.rows * (c.out_h / kernel.height) * table->blocks);
+        args.ahead_step = ahead.bytes / ((end - begin) * table->blocks * (c.out_h / kernel.height));
+        args.ahead = ahead.data;
+        const auto multiply = [&](DotArgs& of_block) {
+            kernel.dot(of_block);
+            of_block.ahead += of_block.ahead_step * of_block.rows;
+        };
         for (int64_t y = 0; y < c.out_h; y += kernel.height) {
             args.source = panel + y * near.row();
             args.gradient = gradient + y * near.row();
-            for (int64_t block = 0; block < table->blocks; ++block) {
-                args.ptr = table->row_ptr(0, block, begin);
-                args.order = table->order_of(0, block, begin, end);
-                args.ahead = ahead.data;
-                ahead.data += args.ahead_step * args.rows;
-                kernel.dot(args);
-            }
+            for_blocks(*table, begin, end, args, multiply);
         }
     }
 
@@ -221,9 +192,9 @@ bool near_reads_once(const granet_layout& layout, const granet_conv& c, int thre
     return is_even(cut_of(layout, c.n, threads), threads);
 }
 
-void backward_near(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
-                   const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
-                   int threads) {
+int backward_near(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
+                  const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
+                  int threads) {
     const NearPass dgrad(k, layout, false, c, gradient, weight, nullptr, dx, dx_strides, threads);
     const NearDots dots(k, layout, c, source);
     const ThreadScratch scratch(threads, threads, dgrad.panel_bytes(),
@@ -238,6 +209,7 @@ void backward_near(const KernelSet& k, granet_layout* layout, const granet_conv&
                                 image_ahead(gradient, image + 1, end, c.out), lease.second(), sums);
                    }
                });
+    return GRANET_OK;
 }
 
 }  // namespace granet

@@ -20,9 +20,9 @@ int wgrad_near(const KernelSet& kernels, granet_layout* layout, const granet_con
                const Images& source, float* dw, int threads);
 
 // Both gradients, of a convolution with stride 1, reading that of y once; and whether this pays.
-void backward_near(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
-                   const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
-                   int threads);
+int backward_near(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
+                  const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
+                  int threads);
 bool near_reads_once(const granet_layout& layout, const granet_conv& conv, int threads);
 
 }  // namespace granet

@@ -77,6 +77,8 @@ struct Images {
     int64_t n;
 };
 
+inline const char* at(const float* data, int64_t floats) { return reinterpret_cast<const char*>(data + floats); }
+
 // Fills a panel as the tiles ask for it: from the first row of a band to its last.
 class Packer {
    public:
