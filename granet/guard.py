@@ -39,15 +39,15 @@ class OffMaskGuard:
         """Check after the coming step: optimizer state was loaded that may know nothing of the masks."""
         self._check_next = True
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Mask the weights of an optimizer that is known to move them."""
-        if id(optimizer) in self._leaky:
+        if id(optimizer) not in self._leaky:
+            return
+        with torch.no_grad():
             for layer, owner in self._layers:
                 if owner is optimizer:
                     layer.weight.masked_fill_(~layer.mask, 0)
 
-    @torch.no_grad()
     def check(self, step: int) -> None:
         """Look, now and then, whether weights off the mask have moved, and put them back.
 
@@ -58,8 +58,11 @@ class OffMaskGuard:
         """
         if step == 1:
             self.check_state()
-        if not self._check_next and step % CHECK_EVERY:
-            return
+        if self._check_next or step % CHECK_EVERY == 0:
+            with torch.no_grad():
+                self._put_back()
+
+    def _put_back(self) -> None:
         moved = [la.name for la, _ in self._layers if bool(la.weight.masked_fill(la.mask, 0).any())]
         if moved:
             reset = StateReset()

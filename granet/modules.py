@@ -85,10 +85,12 @@ class SparseLinear(SparseLayer, nn.Linear):
         _make_sparse(self, parse(granularity))
 
     def forward(self, input: Tensor) -> Tensor:
-        mask = self._mask_beside(self.weight)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        mask = self._mask_beside(weight)
         if mask is None:
-            return F.linear(input, self.weight, self.bias)
-        input, weight, bias = _autocast(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
+        input, weight, bias = _autocast(input, weight, bias)
         return granet_kernels.linear(input, weight, mask, bias, self.dense_wgrad)
 
     def extra_repr(self) -> str:

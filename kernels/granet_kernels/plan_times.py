@@ -154,9 +154,10 @@ class Site:
     """One op and direction on one geometry, with one number of threads: its times, and its choices by density bucket.
 
     The key names all that in plain text; it stands in the files. `rule_density` is the highest density at which the
-    rule takes the native implementation. `choices` are what measuring has led to, `fixed` those of a fixed plan, looked
-    up under its `generation`. `waiting`: what runs until the other candidate can be afforded. `passed` counts the calls
-    that went past the op. `turns`: which way dense code goes.
+    rule takes the native implementation. `choices` are what measuring has led to, and `gains` the seconds that native
+    code saves there; `fixed` are those of a fixed plan, looked up under its `generation`. `waiting`: what runs until
+    the other candidate can be afforded. `passed` counts the calls that went past the op since it was called last.
+    `turns`: which way dense code goes.
     """
 
     __slots__ = (
@@ -164,6 +165,7 @@ class Site:
         "counts",
         "dense_is_warm",
         "fixed",
+        "gains",
         "generation",
         "is_set_up",
         "key",
@@ -184,6 +186,7 @@ class Site:
         self.counts: dict[int, int] = {}
         self.times = Times()
         self.choices: dict[int, str] = {}
+        self.gains: dict[int, float] = {}
         self.fixed: dict[int, str] = {}
         self.waiting: dict[int, str] = {}
         self.dense_is_warm = self.is_set_up = False
@@ -194,6 +197,17 @@ class Site:
     def current(self, bucket: int) -> str | None:
         """What runs at a density without being asked for again, or None while every call is to decide."""
         return self.choices.get(bucket) or self.waiting.get(bucket)
+
+    def choose(self, bucket: int, implementation: str) -> None:
+        """Take what won at a density for the choice there."""
+        dense, native = self.times.time(DENSE, bucket), self.times.time(NATIVE, bucket)
+        self.gains[bucket] = math.inf if dense is None or native is None else dense - native
+        self.choices[bucket] = implementation
+
+    def gain(self, bucket: int) -> float:
+        """Seconds that the choice at a density saves over dense code; inf while that is not known."""
+        choice = self.choices.get(bucket)
+        return 0.0 if choice == DENSE else math.inf if choice is None else self.gains.get(bucket, math.inf)
 
     @property
     def calls(self) -> int:

@@ -269,6 +269,33 @@ def test_calls_that_need_no_choice():
     assert machine.plan.are_all_native(sites, layout)
 
 
+@pytest.mark.parametrize("saved", [2e-5, 4e-5])
+def test_native_code_has_to_win_more_than_the_way_through_an_op(saved):
+    """A layer's directions count together: 15 us each."""
+    machine = Machine(1e-4, lambda density: 1e-4 - saved)
+    mask, other = mask_of(0.1), machine.plan.site("linear wgrad")
+    layout, sites = layout_of(mask), (machine.site, other)
+    assert not machine.plan.agrees_on_dense(sites, layout)  # nothing is known
+    machine.settle(mask)
+    assert machine.site.choices[layout.bucket] == NATIVE
+    assert not machine.plan.agrees_on_dense(sites, layout)  # the other is not known
+    machine.native = lambda density: 2e-4
+    for _ in range(200):
+        machine.call(mask, other)
+    assert other.choices[layout.bucket] == DENSE
+    assert machine.plan.agrees_on_dense(sites, layout) == (saved < 2 * 1.5e-5)
+
+
+def test_a_layer_that_goes_past_the_op_calls_it_now_and_then():
+    machine = Machine(1e-4, lambda density: 1e-3)
+    mask = mask_of(0.5)
+    layout = layout_of(mask)
+    machine.settle(mask)
+    for _ in range(2):
+        assert [machine.plan.agrees_on_dense([machine.site], layout) for _ in range(65)] == [True] * 63 + [False] * 2
+        machine.call(mask)
+
+
 @pytest.mark.parametrize("mode", ["rule", NATIVE, DENSE])
 def test_fixed_modes_need_no_choice(mode):
     machine = Machine(1e-3, lambda density: 1e-3, mode=mode)

@@ -1,0 +1,141 @@
+"""Calls that went past the ops, remembered: one that is like the last with its mask goes the same way at once.
+
+A layer of a small network is over in some tens of microseconds. To look at its operands, its layout and the plan takes
+as long, and says the same in almost every step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from granet_kernels import plan
+from granet_kernels.cpu_backend import dense, library
+from granet_kernels.cpu_backend.calls import Call
+from granet_kernels.eager import is_eager, packs_saved_tensors
+from granet_kernels.layout import SparseLayout
+
+_by_mask: dict[int, Settled] = {}  # by id
+
+
+class Settled:
+    """What a call has to have in common with the one remembered, for the same work to be right.
+
+    Args:
+        x, weight, mask, bias, dense_wgrad, geometry: of that call, on a CPU.
+        layout: of the mask.
+        sites: of the plan, to be asked again; none where it has no choice.
+        call: what was found for the operands.
+        full: whether the mask keeps everything. If not, the weight was zero off the mask.
+
+    Attributes:
+        call, full: as given.
+    """
+
+    __slots__ = (
+        "_bias",
+        "_dense_wgrad",
+        "_geometry",
+        "_layout",
+        "_mask",
+        "_place",
+        "_sites",
+        "_specs",
+        "_threads",
+        "_weight",
+        "call",
+        "full",
+    )
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        dense_wgrad: Tensor | None,
+        geometry: Sequence[Any],
+        layout: SparseLayout,
+        sites: Sequence[plan.Site],
+        call: Call | None,
+        full: bool,
+    ) -> None:
+        key = id(mask)
+        self._mask = weakref.ref(mask, lambda _: _by_mask.pop(key, None))
+        self._weight = weakref.ref(weight)
+        self._bias = None if bias is None else weakref.ref(bias)
+        self._dense_wgrad, self._geometry = dense_wgrad, geometry
+        self._layout, self._sites = layout, sites
+        self._specs, self._place = _specs(x, weight), _place(mask)
+        self._threads = library.threads()
+        self.call, self.full = call, full
+
+    def covers(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        dense_wgrad: Tensor | None,
+        geometry: Sequence[Any],
+    ) -> bool:
+        """Whether this call is like the one remembered, and the plan, which counts it, still says the same."""
+        return (
+            self._mask() is mask
+            and self._weight() is weight
+            and (bias is None if self._bias is None else self._bias() is bias)
+            and dense_wgrad is self._dense_wgrad
+            and isinstance(x, Tensor)
+            and is_eager(x)
+            and _specs(x, weight) == self._specs
+            and _place(mask) == self._place
+            and geometry == self._geometry
+            and library.threads() == self._threads
+            and not torch.is_autocast_enabled("cpu")
+            and not packs_saved_tensors()
+            and plan.mode() != plan.NATIVE
+            and (self.full or dense.is_zero_off(weight, mask))
+            and (not self._sites or plan.agrees_on_dense(self._sites, self._layout))
+        )
+
+
+def find(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_wgrad: Tensor | None,
+    geometry: Sequence[Any] = (),
+) -> Settled | None:
+    """What is remembered of a call like this one, whose operands nobody has looked at; None if nothing is."""
+    if torch.compiler.is_compiling():
+        return None
+    found = _by_mask.get(id(mask))
+    if found is None or not found.covers(x, weight, mask, bias, dense_wgrad, geometry):
+        return None
+    return found
+
+
+def keep(mask: Tensor, settled: Settled) -> None:
+    """Remember a call in the place of the last one with its mask."""
+    _by_mask[id(mask)] = settled
+
+
+def forget(mask: Tensor) -> None:
+    """Remember no call with this mask: one went another way."""
+    _by_mask.pop(id(mask), None)
+
+
+def _specs(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    return (
+        *(x.is_cpu, x.dtype, x.shape, x.stride(), x.requires_grad),
+        *(weight.is_cpu, weight.dtype, weight.shape, weight.stride(), weight.requires_grad),
+    )
+
+
+def _place(mask: Tensor) -> tuple[int, int]:
+    return mask._version, mask.data_ptr()

@@ -1,0 +1,282 @@
+"""A call like the last one goes past the ops without being looked at, and one that differs does not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from granet_kernels import conv2d, linear, plain, plan, settled
+from granet_kernels.cpu_backend import library
+from granet_kernels.cpu_backend.calls import find_call
+from granet_kernels.layout import layout_of
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="no native library to tell that a weight is zero")
+
+LINEAR = import_module("granet_kernels.linear")  # the function of the same name hides it
+
+
+@pytest.fixture(autouse=True)
+def _densely():
+    with plan.use("dense"):
+        yield
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """One entry for each call whose operands were looked at."""
+    calls = []
+    weight = plain._weight
+    monkeypatch.setattr(plain, "_weight", lambda *args: calls.append(args) or weight(*args))
+    return calls
+
+
+def operands(mask, x_shape=(9, 33)):
+    weight = nn.Parameter(torch.randn(mask.shape).where(mask, 0))
+    return torch.randn(x_shape, requires_grad=True), weight, nn.Parameter(torch.randn(mask.shape[0]))
+
+
+def results(layer, x, weight, bias):
+    y = layer(x, weight, bias)
+    grad = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return y, *torch.autograd.grad(y, [t for t in (x, weight, bias) if t is not None and t.requires_grad], grad)
+
+
+def expected(x, weight, bias, mask, flag=False):
+    effective = weight.detach().where(mask, 0).requires_grad_(weight.requires_grad)
+    y, *grads = results(F.linear, x, effective, bias)
+    return y, *(g if flag or g.shape != mask.shape else g.where(mask, 0) for g in grads)
+
+
+def check(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.6, 1.0])
+def test_the_same_bits_without_a_look(density, random_mask, looks):
+    mask = random_mask((17, 33), density)
+    x, weight, bias = operands(mask)
+    first = results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias)
+    assert len(looks) == 1
+    again = results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias)
+    assert len(looks) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check(again, expected(x, weight, bias, mask))
+    assert again[2][~mask].count_nonzero() == 0
+    with torch.no_grad():
+        weight.mul_(2)  # as an optimizer does
+    check(results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias), expected(x, weight, bias, mask))
+    assert len(looks) == 1
+
+
+def another_x(x, weight, bias, mask):
+    return torch.randn(5, 33, requires_grad=True), weight, bias
+
+
+def strided_x(x, weight, bias, mask):
+    return x.detach().t().contiguous().t().requires_grad_(), weight, bias
+
+
+def constant_x(x, weight, bias, mask):
+    return x.detach(), weight, bias
+
+
+def another_weight(x, weight, bias, mask):
+    return x, nn.Parameter(weight.detach() * 2), bias
+
+
+def frozen_weight(x, weight, bias, mask):
+    return x, weight.requires_grad_(False), bias
+
+
+def weight_off_the_mask(x, weight, bias, mask):
+    weight.data.add_(1)
+    return x, weight, bias
+
+
+def weight_of_other_strides(x, weight, bias, mask):
+    weight.data = weight.data.t().contiguous().t()
+    return x, weight, bias
+
+
+def no_bias(x, weight, bias, mask):
+    return x, weight, None
+
+
+def another_mask(x, weight, bias, mask):
+    mask.logical_not_()
+    return x, weight, bias
+
+
+def emptied_mask(x, weight, bias, mask):
+    mask.zero_()
+    return x, weight, bias
+
+
+CHANGES = (
+    *(another_x, strided_x, constant_x, another_weight, frozen_weight, weight_off_the_mask),
+    *(weight_of_other_strides, no_bias, another_mask, emptied_mask),
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("density", [0.6, 1.0])
+def test_what_differs_is_looked_at(density, change, random_mask, looks):
+    mask = random_mask((17, 33), density)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    x, weight, bias = change(x, weight, bias, mask)
+    check(results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias), expected(x, weight, bias, mask))
+    off_a_full_mask = change is weight_off_the_mask and density == 1.0
+    assert len(looks) == (1 if off_a_full_mask else 2)
+
+
+def test_what_does_not_fit_is_refused(random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    with pytest.raises(ValueError, match="expected x of dtype"):
+        linear(x.double(), weight, mask, bias)
+    with pytest.raises(ValueError, match="expected x of shape"):
+        linear(x[:, :5], weight, mask, bias)
+    with pytest.raises(ValueError, match="expected dense_wgrad"):
+        linear(x, weight, mask, bias, True)
+    weight.data = weight.data[:5]
+    with pytest.raises(ValueError, match="expected mask of the weight's shape"):
+        linear(x, weight, mask, bias)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda: torch.autocast("cpu", torch.bfloat16), lambda: plan.use("native")],
+    ids=["autocast", "another plan"],
+)
+def test_the_state_of_the_process_counts(around, random_mask, looks):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    with around():
+        linear(x, weight, mask, bias)
+    assert len(looks) == 2
+
+
+def test_threads_count(random_mask, looks, monkeypatch):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    monkeypatch.setattr(library, "threads", lambda: 7)
+    linear(x, weight, mask, bias)
+    assert len(looks) == 2
+
+
+def test_transforms_see_the_op(random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    y = linear(x, weight, mask, bias)
+    batch = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, weight, mask, bias))(batch)[0], y)
+    compiled = torch.compile(lambda x: linear(x, weight, mask, bias), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_flag_is_read_in_the_backward_pass(times, random_mask):
+    mask, flag = random_mask((17, 33), 0.6), torch.tensor(False)
+    x, weight, bias = operands(mask)
+    for _ in range(times):
+        y = linear(x, weight, mask, bias, flag)
+    flag.fill_(True)
+    y.sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(17, 33))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_mask_changed_before_the_backward_pass(times, random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    for _ in range(times):
+        y = linear(x, weight, mask, bias)
+    mask.logical_not_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_the_second_derivative(random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+
+    def penalty(layer):
+        (w_grad,) = torch.autograd.grad(layer(x).square().sum(), weight, create_graph=True)
+        return torch.autograd.grad(w_grad.square().sum(), (x, weight))
+
+    linear(x, weight, mask, bias)
+    got = penalty(lambda x: linear(x, weight, mask, bias))
+    masked = penalty(lambda x: LINEAR.linear_op(x, weight, mask, bias, None))
+    for a, b in zip(got, masked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
+    assert got[1][~mask].count_nonzero() == 0
+
+
+def test_a_convolution_and_its_geometry(random_mask, looks):
+    mask = random_mask((6, 5, 3, 3), 0.6).contiguous(memory_format=torch.channels_last)
+    weight = nn.Parameter(torch.randn(mask.shape).where(mask, 0).contiguous(memory_format=torch.channels_last))
+    x = torch.randn(2, 5, 8, 8, requires_grad=True)
+    for index, stride in enumerate([(1, 1), (1, 1), (2, 2), (2, 2), (1, 2)]):
+        geometry = stride, (1, 1), (1, 1)
+        y, x_grad, w_grad = results(lambda x, w, _, g=geometry: conv2d(x, w, mask, None, *g), x, weight, None)
+        masked = weight.detach().where(mask, 0).requires_grad_()
+        ey, ex, ew = results(lambda x, w, _, g=geometry: F.conv2d(x, w, None, *g), x, masked, None)
+        check((y, x_grad, w_grad), (ey, ex, ew.where(mask, 0)))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert w_grad.stride() == mask.stride()
+        assert len(looks) == [1, 1, 2, 2, 3][index]
+
+
+def test_a_call_through_the_op_ends_it(random_mask, looks):
+    mask = random_mask((64, 64), 0.6)
+    x, weight, _ = operands(mask, (64, 64))
+    sites = [(call := find_call("linear", "forward", x, weight, mask)).site, *call.partners.values()]
+    with plan.use("measured"):
+        plan.clear()
+        for site in sites:
+            site.choose(layout_of(mask).bucket, "dense")
+        for _ in range(64):
+            linear(x, weight, mask)
+        assert len(looks) == 2  # the first, and the 64th, which takes the op
+        assert id(mask) not in settled._by_mask
+        linear(x, weight, mask)
+        assert id(mask) in settled._by_mask
+        plan.clear()
+
+
+def test_what_is_remembered_goes_with_the_mask(random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    key, known = id(mask), len(settled._by_mask)
+    assert key in settled._by_mask
+    del mask
+    gc.collect()
+    assert len(settled._by_mask) < known
+
+
+def test_operands_stay_as_they_were(random_mask):
+    """Copied and saved, they take nothing along."""
+    mask = random_mask((17, 33), 0.6)
+    tensors = operands(mask)
+    for _ in range(2):
+        linear(tensors[0], tensors[1], mask, tensors[2]).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tensor in (*tensors, mask):
+            assert torch.equal(pickle.loads(pickle.dumps(tensor)), tensor)
+            assert torch.equal(copy.deepcopy(tensor), tensor)
+            assert tensor._backward_hooks is None
