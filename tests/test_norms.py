@@ -254,7 +254,8 @@ def test_classes_change_and_nothing_else():
     before, names, printed = dict(model.named_parameters()), list(model.state_dict()), repr(model)
     granet.sparsify(model)
     assert type(model.bn1) is norms.BatchNorm2d
-    assert type(model.layer1) is norms.Sequential
+    assert type(model.layer1) is nn.Sequential  # of blocks: no norm to put together with anything
+    assert type(model.layer2[0].downsample) is norms.Sequential
     assert type(model.layer1[0]).__module__ == "granet.norm_blocks"
     assert all(p is before[name] for name, p in model.named_parameters())
     assert list(model.state_dict()) == names
