@@ -11,8 +11,8 @@ from granet.pooling import MaxPool2d
 def fuse(model: nn.Module) -> None:
     """Turn layers of `model` into granet's own subclasses, in place: parameters, buffers, hooks and references stay.
 
-    nn.BatchNorm2d, nn.MaxPool2d and every nn.Sequential with a norm in it are replaced, and torchvision's residual
-    blocks. Their subclasses are left alone: what they compute is theirs to know.
+    nn.BatchNorm2d, nn.MaxPool2d and every nn.Sequential with a norm among its children are replaced, and torchvision's
+    residual blocks. Their subclasses are left alone: what they compute is theirs to know.
     """
     classes = _block_classes(model)
     classes.update({nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d, nn.Sequential: Sequential})

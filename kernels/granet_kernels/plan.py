@@ -116,7 +116,7 @@ class Plan:
         """The implementation for this call, and whether to time it: then `record` has to follow."""
         mode = self.mode()
         count = site.count(layout.bucket)
-        site.passed = 0
+        site.passed.pop(layout.bucket, None)
         if mode != MEASURED:
             return self._mode.choice(site, layout), False
         if not site.is_set_up:
@@ -132,14 +132,15 @@ class Plan:
         Where native code wins less than the way through the ops takes, it counts as dense. A measured plan says no now
         and then: it learns from the ops alone.
         """
-        mode = self.mode()
+        mode, bucket = self.mode(), layout.bucket
         if mode != MEASURED:
             return all(self._mode.choice(site, layout) == DENSE for site in sites)
-        if sum(site.gain(layout.bucket) for site in sites) > _OP_SECONDS * len(sites):
+        if sum(site.gain(bucket) for site in sites) > _OP_SECONDS * len(sites):
             return False
-        if sites[0].passed == _PASSING - 1:
+        passed = sites[0].passed.get(bucket, 0) + 1
+        if passed >= _PASSING:
             return False  # until an op is called
-        sites[0].passed += 1
+        sites[0].passed[bucket] = passed
         return True
 
     def are_all_native(self, sites: Sequence[Site], layout: SparseLayout) -> bool:

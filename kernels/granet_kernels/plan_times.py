@@ -156,8 +156,8 @@ class Site:
     The key names all that in plain text; it stands in the files. `rule_density` is the highest density at which the
     rule takes the native implementation. `choices` are what measuring has led to, and `gains` the seconds that native
     code saves there; `fixed` are those of a fixed plan, looked up under its `generation`. `waiting`: what runs until
-    the other candidate can be afforded. `passed` counts the calls that went past the op since it was called last.
-    `turns`: which way dense code goes.
+    the other candidate can be afforded. `passed` counts the calls at a density that went past the op since its last
+    call there. `turns`: which way dense code goes.
     """
 
     __slots__ = (
@@ -192,7 +192,7 @@ class Site:
         self.dense_is_warm = self.is_set_up = False
         self.turns: dict[Hashable, Turns] = {}
         self.generation = -1
-        self.passed = 0
+        self.passed: dict[int, int] = {}
 
     def current(self, bucket: int) -> str | None:
         """What runs at a density without being asked for again, or None while every call is to decide."""

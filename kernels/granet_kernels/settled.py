@@ -70,7 +70,7 @@ class Settled:
         self._bias = None if bias is None else weakref.ref(bias)
         self._dense_wgrad, self._geometry = dense_wgrad, geometry
         self._layout, self._sites = layout, sites
-        self._specs, self._place = _specs(x, weight), _place(mask)
+        self._specs, self._place = _specs(x, weight, bias), _place(mask)
         self._threads = library.threads()
         self.call, self.full = call, full
 
@@ -91,7 +91,7 @@ class Settled:
             and dense_wgrad is self._dense_wgrad
             and isinstance(x, Tensor)
             and is_eager(x)
-            and _specs(x, weight) == self._specs
+            and _specs(x, weight, bias) == self._specs
             and _place(mask) == self._place
             and geometry == self._geometry
             and library.threads() == self._threads
@@ -130,10 +130,11 @@ def forget(mask: Tensor) -> None:
     _by_mask.pop(id(mask), None)
 
 
-def _specs(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+def _specs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     return (
         *(x.is_cpu, x.dtype, x.shape, x.stride(), x.requires_grad),
         *(weight.is_cpu, weight.dtype, weight.shape, weight.stride(), weight.requires_grad),
+        None if bias is None else (bias.dtype, bias.shape),
     )
 
 

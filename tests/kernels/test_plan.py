@@ -287,12 +287,16 @@ def test_native_code_has_to_win_more_than_the_way_through_an_op(saved):
 
 
 def test_a_layer_that_goes_past_the_op_calls_it_now_and_then():
-    machine = Machine(1e-4, lambda density: 1e-3)
-    mask = mask_of(0.5)
+    machine = Machine(1e-4, lambda density: 1e-3 if density > 0.1 else 1e-5)
+    mask, other = mask_of(0.5), mask_of(0.01)  # the other layer of the same shape calls the op in every step
     layout = layout_of(mask)
-    machine.settle(mask)
+    assert (machine.settle(mask), machine.settle(other)) == (DENSE, NATIVE)
     for _ in range(2):
-        assert [machine.plan.agrees_on_dense([machine.site], layout) for _ in range(65)] == [True] * 63 + [False] * 2
+        answers = []
+        for _ in range(65):
+            answers.append(machine.plan.agrees_on_dense([machine.site], layout))
+            machine.call(other)
+        assert answers == [True] * 63 + [False] * 2
         machine.call(mask)
 
 

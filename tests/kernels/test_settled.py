@@ -149,6 +149,9 @@ def test_what_does_not_fit_is_refused(random_mask):
         linear(x[:, :5], weight, mask, bias)
     with pytest.raises(ValueError, match="expected dense_wgrad"):
         linear(x, weight, mask, bias, True)
+    bias.data = bias.data[:1]  # torch would spread it over all features
+    with pytest.raises(ValueError, match="expected bias of shape"):
+        linear(x, weight, mask, bias)
     weight.data = weight.data[:5]
     with pytest.raises(ValueError, match="expected mask of the weight's shape"):
         linear(x, weight, mask, bias)
@@ -177,12 +180,16 @@ def test_threads_count(random_mask, looks, monkeypatch):
     assert len(looks) == 2
 
 
-def test_transforms_see_the_op(random_mask):
+def test_transforms_see_the_op(random_mask, monkeypatch):
     mask = random_mask((17, 33), 0.6)
     x, weight, bias = operands(mask)
     y = linear(x, weight, mask, bias)
-    batch = torch.stack([x, 2 * x])
-    torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, weight, mask, bias))(batch)[0], y)
+    calls, run = [], LINEAR.linear_op.run
+    with monkeypatch.context() as patch:
+        patch.setattr(LINEAR.linear_op, "run", lambda *operands: calls.append(operands) or run(*operands))
+        batch = torch.stack([x, 2 * x])
+        torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, weight, mask, bias))(batch)[0], y)
+    assert len(calls) == 1
     compiled = torch.compile(lambda x: linear(x, weight, mask, bias), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), y)
 
