@@ -70,14 +70,12 @@ def linear(
         raise ValueError(f"linear: expected weight of shape (out, in), got shape {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: expected x of shape (..., {weight.shape[1]}), got shape {tuple(x.shape)}")
-    leading = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(leading.numel(), weight.shape[1])
-    operands = (rows, weight, mask, bias, dense_wgrad)
+    operands = (plain.as_rows(x), weight, mask, bias, dense_wgrad)
     eager = is_eager(*operands)
-    y = plain.linear(*operands) if eager else None
+    y = plain.linear(*operands, x) if eager else None
     if y is None:
         y = linear_op.run(eager, *operands)
-    return y if x.dim() == 2 else y.reshape(*leading, weight.shape[0])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 @linear_op.register_fake

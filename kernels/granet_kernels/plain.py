@@ -27,18 +27,30 @@ _MOST_MASKED = 2**18  # weights; a larger layer would hold a masked copy that co
 _MOST_OF_CONV2D = 2**18  # weights; the directions of a larger convolution are better computed one by one
 
 
-def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor | None:
-    """granet_kernels.linear of rows, or None if that is for the op."""
-    found = _weight("linear", x, weight, mask, bias, dense_wgrad)
-    return None if found is None else F.linear(x, found[0], bias)
+def linear(
+    rows: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None, x: Tensor
+) -> Tensor | None:
+    """granet_kernels.linear of the rows of x, or None if that is for the op."""
+    found = _weight("linear", rows, weight, mask, bias, dense_wgrad, given=x)
+    return None if found is None else F.linear(rows, found[0], bias)
 
 
 def linear_again(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None
 ) -> Tensor | None:
-    """The same of operands that nobody has looked at, or None if the last call with the mask was no such call."""
+    """granet_kernels.linear of operands that nobody has looked at, or None if the last call was not like this one."""
     found = settled.find(x, weight, mask, bias, dense_wgrad)
-    return None if found is None else F.linear(x, _weight_again(found, weight, mask, dense_wgrad), bias)
+    if found is None:
+        return None
+    effective = _weight_again(found, weight, mask, dense_wgrad)
+    if x.dim() == 2:
+        return F.linear(x, effective, bias)
+    return F.linear(as_rows(x), effective, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., in) as (n, in)."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def conv2d(
@@ -71,7 +83,7 @@ def conv2d_again(
     geometry: tuple[Any, Any, Any, Any],
     dense_wgrad: Tensor | None,
 ) -> Tensor | None:
-    """The same of operands that nobody has looked at, or None if the last call with the mask was no such call."""
+    """granet_kernels.conv2d of operands that nobody has looked at, or None if the last call was not like this one."""
     found = settled.find(x, weight, mask, bias, dense_wgrad, geometry)
     if found is None:
         return None
@@ -138,8 +150,12 @@ def _weight(
     bias: Tensor | None,
     dense_wgrad: Tensor | None,
     geometry: Sequence[Any] = (),
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Call | None] | None:
-    """The weight to hand to torch and the call that was found, or None if the op is to be called."""
+    """The weight to hand to torch and the call that was found, or None if the op is to be called.
+
+    `given`: x as the caller has it, where that is not `x`.
+    """
     is_cpu = x.is_cpu
     if not (is_cpu or x.is_cuda) or _autocast_would_cast(x, "cpu" if is_cpu else "cuda"):
         return None
@@ -169,8 +185,8 @@ def _weight(
         plan.note(site, direction, layout, plan.DENSE)
     if unchanged and weight.is_leaf and not mask.is_inference():
         sites = () if certain else tuple(needed.values())
-        way = settled.Settled(x, weight, mask, bias, dense_wgrad, geometry, layout, sites, call, full)
-        settled.keep(mask, way)
+        operands = x if given is None else given, weight, mask, bias, dense_wgrad, geometry
+        settled.keep(mask, settled.Settled(*operands, layout, sites, call, full))
     if full:
         return weight, call
     if unchanged:

@@ -26,7 +26,7 @@ class Settled:
     """What a call has to have in common with the one remembered, for the same work to be right.
 
     Args:
-        x, weight, mask, bias, dense_wgrad, geometry: of that call, on a CPU.
+        x, weight, mask, bias, dense_wgrad, geometry: of that call, as the caller gave them, on a CPU.
         layout: of the mask.
         sites: of the plan, to be asked again; none where it has no choice.
         call: what was found for the operands.
@@ -39,13 +39,10 @@ class Settled:
     __slots__ = (
         "_bias",
         "_dense_wgrad",
-        "_geometry",
         "_layout",
         "_mask",
-        "_place",
         "_sites",
-        "_specs",
-        "_threads",
+        "_traits",
         "_weight",
         "call",
         "full",
@@ -68,10 +65,9 @@ class Settled:
         self._mask = weakref.ref(mask, lambda _: _by_mask.pop(key, None))
         self._weight = weakref.ref(weight)
         self._bias = None if bias is None else weakref.ref(bias)
-        self._dense_wgrad, self._geometry = dense_wgrad, geometry
+        self._dense_wgrad = dense_wgrad
+        self._traits = _traits(x, weight, mask, bias, geometry)
         self._layout, self._sites = layout, sites
-        self._specs, self._place = _specs(x, weight, bias), _place(mask)
-        self._threads = library.threads()
         self.call, self.full = call, full
 
     def covers(
@@ -91,10 +87,7 @@ class Settled:
             and dense_wgrad is self._dense_wgrad
             and isinstance(x, Tensor)
             and is_eager(x)
-            and _specs(x, weight, bias) == self._specs
-            and _place(mask) == self._place
-            and geometry == self._geometry
-            and library.threads() == self._threads
+            and _traits(x, weight, mask, bias, geometry) == self._traits
             and not torch.is_autocast_enabled("cpu")
             and not packs_saved_tensors()
             and plan.mode() != plan.NATIVE
@@ -130,13 +123,11 @@ def forget(mask: Tensor) -> None:
     _by_mask.pop(id(mask), None)
 
 
-def _specs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def _traits(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> tuple[Any, ...]:
+    """What was looked at, or follows from it."""
     return (
         *(x.is_cpu, x.dtype, x.shape, x.stride(), x.requires_grad),
         *(weight.is_cpu, weight.dtype, weight.shape, weight.stride(), weight.requires_grad),
+        *(mask._version, mask.data_ptr(), geometry, library.threads()),
         None if bias is None else (bias.dtype, bias.shape),
     )
-
-
-def _place(mask: Tensor) -> tuple[int, int]:
-    return mask._version, mask.data_ptr()

@@ -93,7 +93,11 @@ def on_gpu(device, monkeypatch):
     """Moves tensors to a GPU; without one, layers go the way that they would go there."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if device == "cpu":
-        monkeypatch.setattr(plain, "_weight", lambda op, x, w, m, b, flag, *_: plain._weight_on_gpu(op, x, w, m, flag))
+
+        def weight(op, x, weight, mask, bias, flag, geometry=(), given=None):
+            return plain._weight_on_gpu(op, x, weight, mask, flag)
+
+        monkeypatch.setattr(plain, "_weight", weight)
     return lambda *tensors: [tensor.detach().to(device).requires_grad_() for tensor in tensors]
 
 

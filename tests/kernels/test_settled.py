@@ -34,7 +34,7 @@ def looks(monkeypatch):
     """One entry for each call whose operands were looked at."""
     calls = []
     weight = plain._weight
-    monkeypatch.setattr(plain, "_weight", lambda *args: calls.append(args) or weight(*args))
+    monkeypatch.setattr(plain, "_weight", lambda *args, **given: calls.append(args) or weight(*args, **given))
     return calls
 
 
@@ -75,6 +75,18 @@ def test_the_same_bits_without_a_look(density, random_mask, looks):
         weight.mul_(2)  # as an optimizer does
     check(results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias), expected(x, weight, bias, mask))
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("shape", [(33,), (2, 3, 33), (0, 5, 33)], ids=str)
+def test_any_number_of_dimensions(shape, random_mask, looks):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask, shape)
+    first = results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias)
+    again = results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias)
+    assert len(looks) == 1
+    assert again[0].shape == (*shape[:-1], 17)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check(again, expected(x, weight, bias, mask))
 
 
 def another_x(x, weight, bias, mask):
