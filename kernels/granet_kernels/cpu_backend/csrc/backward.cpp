@@ -5,6 +5,7 @@
 
 #include "direct.h"
 #include "dots.h"
+#include "linear.h"
 #include "near.h"
 #include "pixels.h"
 #include "sums.h"
@@ -119,6 +120,9 @@ int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const
     return guarded([&]() -> int {
         const KernelSet& k = kernels();
         const Problem p(*conv, g_strides, x_strides, dx_strides);
+        if (p.is_same && linear_applies(k, layout, p.c))
+            return backward_linear(k, layout, p.c, {g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx,
+                                   p.dx.data(), dw, threads);
         const bool near = is_near(k, layout, p, threads);
         if (near || is_direct(k, layout, p, threads)) {
             const Images gradient{g, p.g.data(), p.c.n}, source{x, p.x.data(), p.c.n};
@@ -141,8 +145,8 @@ int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* conv, con
     try {
         const Problem p(*conv, g_strides, x_strides, dx_strides);
         const KernelSet& k = kernels();
-        return is_near(k, layout, p, threads) || is_direct(k, layout, p, threads) ||
-               find_shared(k, layout, p, threads).has_value();
+        return (p.is_same && linear_applies(k, layout, p.c)) || is_near(k, layout, p, threads) ||
+               is_direct(k, layout, p, threads) || find_shared(k, layout, p, threads).has_value();
     } catch (const std::exception&) {
         return 0;
     }

@@ -3,32 +3,13 @@
 #include <new>
 
 #include "direct.h"
+#include "linear.h"
 #include "near.h"
 #include "parallel.h"
 #include "pixels.h"
 #include "tiles.h"
 
 namespace granet {
-namespace {
-
-// In how many ranges to cut the rows, so that the threads end together: packing is repeated for each.
-int64_t row_splits(const Geometry& g, int64_t nnz, int threads) {
-    const int64_t panels = g.panels() * g.bands();
-    const double pack = 8.0 * double(g.channels), work = 1.0 + double(nnz) * 1.6;
-    int64_t best = 1;
-    double least = 0;
-    for (int64_t splits = 1; splits <= std::min<int64_t>(g.rows, 2 * threads); ++splits) {
-        const auto rounds = double((panels * splits + threads - 1) / threads);
-        const double time = rounds * (pack + work / double(splits));
-        if (splits == 1 || time < 0.98 * least) {
-            best = splits;
-            least = time;
-        }
-    }
-    return best;
-}
-
-}  // namespace
 
 int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis& y, const Axis& x, int64_t rows,
            int64_t channels, const Images& source, const float* weight, const float* bias, float* out,
@@ -39,7 +20,7 @@ int gather(const KernelSet& k, granet_layout* layout, bool by_output, const Axis
     const auto table = table_of(layout, g, by_output);
     const Scratch values(table->nnz() * sizeof(float));
     gather_values(*table, weight, values.as<float>(), threads);
-    const int64_t splits = row_splits(g, table->nnz(), threads);
+    const int64_t splits = row_splits(g.panels() * g.bands(), g.channels, g.rows, table->nnz(), threads);
     const bool stream = goes_past_cache(source.n * rows * y.target * x.target);
     const TilePass pass{g, k, table, values.as<float>(), bias, source, out, out_strides, splits, stream};
     const ThreadScratch scratch(threads, pass.items(), g.panel_bytes(), pass.vectors_bytes());
@@ -81,6 +62,8 @@ int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* conv, const fl
         if (direct_applies(k, c, to.data(), from.data()))
             return gather_direct(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
                                  threads);
+        if (linear_applies(k, layout, c))
+            return dgrad_linear(k, layout, c, Images{g, from.data(), c.n}, weight, dx, to.data(), threads);
         if (c.stride_h == 1 && near_applies(k, *layout, c, to.data(), from.data()))
             return gather_near(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
                                threads);

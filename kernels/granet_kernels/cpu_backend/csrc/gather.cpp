@@ -58,6 +58,21 @@ void gather_values(const Table& table, const float* weight, float* values, int t
     });
 }
 
+int64_t row_splits(int64_t panels, int64_t channels, int64_t rows, int64_t nnz, int threads) {
+    const double pack = 8.0 * double(channels), work = 1.0 + double(nnz) * 1.6;
+    int64_t best = 1;
+    double least = 0;
+    for (int64_t splits = 1; splits <= std::min<int64_t>(rows, 2 * threads); ++splits) {
+        const auto rounds = double((panels * splits + threads - 1) / threads);
+        const double time = rounds * (pack + work / double(splits));
+        if (splits == 1 || time < 0.98 * least) {
+            best = splits;
+            least = time;
+        }
+    }
+    return best;
+}
+
 bool goes_past_cache(int64_t floats) { return floats >= PAST_CACHE; }
 
 }  // namespace granet

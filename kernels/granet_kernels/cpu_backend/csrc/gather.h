@@ -29,6 +29,10 @@ std::shared_ptr<const Table> table_of(granet_layout* layout, const Geometry& g, 
 // values[j] = the weight of entry j.
 void gather_values(const Table& table, const float* weight, float* values, int threads);
 
+// In how many ranges to cut the rows of each of so many panels, so that the threads end together: packing is repeated
+// for each.
+int64_t row_splits(int64_t panels, int64_t channels, int64_t rows, int64_t nnz, int threads);
+
 // Whether a destination of this many floats will have left the cache before it is read.
 bool goes_past_cache(int64_t floats);
 

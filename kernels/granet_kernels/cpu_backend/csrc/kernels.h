@@ -61,6 +61,25 @@ struct DotArgs {
     int64_t ahead_step;
 };
 
+// Gradients of linear layers. Row r is an input, and owns the entries [ptr[r], ptr[r + 1]), whose offsets lead to vectors
+// of the incoming gradient. Rows of `input` and `out` lie one behind the other.
+//   out[b] = sum_j value[j] * source[offset[j] + b vectors],  sum[j] += sum over b of input[b] * the same vector
+struct PairArgs {
+    const char* source;
+    const int32_t* offset;
+    const float* value;
+    const int32_t* ptr;
+    int64_t rows;
+    const char* input;
+    char* out;
+    float* sum;
+};
+struct PairKernel {
+    void (*tile)(const PairArgs&);  // out alone, sum alone, and both
+    void (*dot)(const PairArgs&);
+    void (*both)(const PairArgs&);
+};
+
 // Kernels for 3 x 3 convolutions of whole images, `side` pixels wide and high, `groups` vectors a pixel: see whole.inl.
 // Row r owns the entries [ptr[9 r], ptr[9 r + 9]), ordered by tap.
 constexpr int WHOLE_TAPS = 9;
@@ -134,6 +153,9 @@ struct KernelSet {
     // The kernel for th x tw vectors, of rows that share their entries or of any.
     auto tile(int th, int tw, bool shared) const { return (shared ? shared_tiles[th - 1] : tiles[th - 1])[tw - 1]; }
     auto dot(int th, int tw, bool shared) const { return (shared ? shared_dots[th - 1] : dots[th - 1])[tw - 1]; }
+    static constexpr int max_pair = 8;  // vectors of a row
+    int most_pairs;                     // of them those that leave registers for the rest; 0: none
+    PairKernel pairs[max_pair];         // [vectors - 1]
     WholeKernel whole[5];
     const WholeKernel* find_whole(int64_t side, int groups) const {
         for (const WholeKernel& each : whole)

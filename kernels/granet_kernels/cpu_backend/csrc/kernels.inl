@@ -1,7 +1,8 @@
 // The inner loops, compiled once for each instruction set. The including file sets the target and defines, in its own
 // namespace: Vec (a vector of LANES floats at any address), Four (of four), IntVec (as many int32_t as Vec has floats),
-// MAX_TILE and MAX_DOT (vectors in the largest tiles that leave registers for the rest), SHARED (how many rows of four
-// vectors do), and
+// MAX_TILE, MAX_DOT and MAX_PAIR (vectors in the largest tiles that leave registers for the rest), SHARED (how many rows
+// of four vectors do), and
+//   keep(vector): holds it in a register, where compilers would read memory once for each use
 //   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0, or
 //       garbage in columns that do not exist
 //   store_first(vector, out, count): the first count floats; load_first(from, count): they, and zeros
@@ -185,6 +186,7 @@ void shared_dot(const DotArgs& args) {
     }
 }
 
+#include "pair.inl"
 #include "whole.inl"
 #if defined(GRANET_LANE_MASKS)
 #include "near.inl"
@@ -322,6 +324,8 @@ KernelSet make_set() {
     fill<2, KernelSet::max_tw>(set);
     fill<3, KernelSet::max_tw>(set);
     fill<4, KernelSet::max_tw>(set);
+    set.most_pairs = MAX_PAIR;
+    fill_pairs(set);
     set.whole[0] = whole_kernel<4, 1>();
     set.whole[1] = whole_kernel<2, 1>();
     set.whole[2] = whole_kernel<2, 2>();

@@ -15,7 +15,7 @@ namespace granet {
 namespace {
 
 constexpr bool STREAMS = false;  // a vector is less than a cache line
-constexpr int LANES = 8, MAX_TILE = 12, MAX_DOT = 8, SHARED = 2;
+constexpr int LANES = 8, MAX_TILE = 12, MAX_DOT = 8, MAX_PAIR = 4, SHARED = 2;
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(32)));
@@ -59,6 +59,8 @@ inline void store_bytes(IntVec vector, unsigned char* to) {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
 }
+
+inline void keep(Vec& vector) { asm("" : "+x"(vector)); }
 
 inline Vec fused(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -15,7 +15,7 @@ namespace granet {
 namespace {
 
 constexpr bool STREAMS = true;
-constexpr int LANES = 16, MAX_TILE = 28, MAX_DOT = 24, SHARED = 4;
+constexpr int LANES = 16, MAX_TILE = 28, MAX_DOT = 24, MAX_PAIR = 8, SHARED = 4;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -72,6 +72,8 @@ inline IntVec load_bytes(const unsigned char* from) {
 inline void store_bytes(IntVec vector, unsigned char* to) {
     _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)vector));
 }
+
+inline void keep(Vec& vector) { asm("" : "+v"(vector)); }
 
 inline Vec fused(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

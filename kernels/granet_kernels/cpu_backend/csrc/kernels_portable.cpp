@@ -5,7 +5,7 @@ namespace granet {
 namespace {
 
 constexpr bool STREAMS = false;  // a vector is less than a cache line
-constexpr int LANES = 4, MAX_TILE = 12, MAX_DOT = 8, SHARED = 2;
+constexpr int LANES = 4, MAX_TILE = 12, MAX_DOT = 8, MAX_PAIR = 4, SHARED = 2;
 typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(16)));
@@ -32,6 +32,8 @@ inline IntVec load_bytes(const unsigned char* from) { return IntVec{from[0], fro
 inline void store_bytes(IntVec vector, unsigned char* to) {
     for (int i = 0; i < LANES; ++i) to[i] = static_cast<unsigned char>(vector[i]);
 }
+
+inline void keep(Vec&) {}
 
 template <typename T>
 inline T fused(T a, T b, T c) {

@@ -102,6 +102,7 @@ std::shared_ptr<const Table> make_table(const granet_layout& layout, const Acces
     for_each([&](int64_t slot, int64_t source, int64_t o, int64_t c, int32_t tap) {
         const int32_t j = next[slot];
         next[slot] += height;
+        if (access.lists_entries) table->entry.push_back(j);
         table->offset[j / height] = int32_t(source * access.channel_pitch + access.tap_offset[tap]);
         table->position[j] = int32_t(o * layout.strides[0] + c * layout.strides[1] +
                                      tap / layout.shape[3] * layout.strides[2] +
@@ -198,7 +199,8 @@ int64_t granet_layout_bytes(const granet_layout* layout) {
     const std::lock_guard<std::mutex> lock(granet::tables_mutex());
     int64_t words = int64_t(layout->ptr.size() + layout->index.size()), bytes = 0;
     for (const auto& table : layout->tables) {
-        words += int64_t(table->ptr.size() + table->offset.size() + table->position.size());
+        words += int64_t(table->ptr.size() + table->offset.size() + table->position.size() +
+                         table->entry.size());
         bytes += int64_t(table->order.size());
     }
     return words * int64_t(sizeof(int32_t)) + bytes;

@@ -24,11 +24,12 @@ struct Access {
     int height = 1;                  // rows that share their entries, see granet_layout::shares_rows
     bool by_tap = false;             // entries of a row are ordered by rank[tap], which row_ptr tells apart
     std::vector<int32_t> rank;
+    bool lists_entries = false;
 
     bool operator==(const Access& o) const {
         return by_output == o.by_output && phases == o.phases && channel_pitch == o.channel_pitch && block == o.block &&
                phase == o.phase && tap_offset == o.tap_offset && height == o.height && by_tap == o.by_tap &&
-               rank == o.rank;
+               rank == o.rank && lists_entries == o.lists_entries;
     }
 };
 
@@ -41,6 +42,7 @@ struct Table {
     std::vector<int32_t> ptr;
     std::vector<int32_t> offset;    // bytes into the source
     std::vector<int32_t> position;  // elements into the weight, by its strides
+    std::vector<int32_t> entry;     // of each kept weight in the order of the layout's index, if the access lists them
     std::vector<uint8_t> order;     // of the rows of each block, as TileArgs has it; empty where rows are long
 
     const int32_t* row_ptr(int64_t phase, int64_t b, int64_t row) const {

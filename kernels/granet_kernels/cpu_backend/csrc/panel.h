@@ -59,6 +59,9 @@ struct Geometry {
     static constexpr int64_t MAX_PHASES = 1024, MAX_BYTES = int64_t(64) << 20;
 };
 
+// The number of groups, at most `most`, that leaves the fewest lanes without an image; of equal ones the largest.
+int fewest_idle(int64_t images, int64_t lanes, int most);
+
 // The widest tile within a row of `vectors`, `largest` at most, that cuts the row into equal parts if it can.
 int tile_width(int64_t vectors, int largest);
 

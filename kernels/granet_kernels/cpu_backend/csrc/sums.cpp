@@ -20,6 +20,24 @@ void scatter(const Sums& sums, int32_t begin, int32_t end, float* to, int64_t fi
     }
 }
 
+// Adds the sums of all chunks to those of the first.
+void join_chunks(const Sums& sums, int threads) {
+    constexpr int64_t piece = 1 << 13;
+    const int64_t nnz = sums.table.nnz();
+    parallel_for(threads, (nnz + piece - 1) / piece, [&](int64_t i) {
+        const int64_t end = std::min(nnz, (i + 1) * piece);
+        for (int64_t chunk = 1; chunk < sums.chunks; ++chunk)
+            for (int64_t j = i * piece; j < end; ++j) sums.data[j] += sums.of(chunk)[j];
+    });
+}
+
+// Writes the joined sums of a linear layer's outputs [begin, end), by the table's list of entries.
+void scatter_listed(const Sums& sums, const granet_layout& layout, int64_t begin, int64_t end, float* to) {
+    for (int64_t o = begin; o < end; ++o, to += layout.shape[1])
+        for (int32_t k = layout.ptr[o]; k < layout.ptr[o + 1]; ++k)
+            to[layout.index[k]] = sums.data[sums.table.entry[k]];
+}
+
 }  // namespace
 
 // Fewer chunks where the weight is less sparse: the sums of all stay below half the dense gradient, if they are
@@ -53,6 +71,7 @@ void write_gradient(const KernelSet& k, const Sums& sums, const granet_layout& l
         });
         return;
     }
+    if (!sums.table.access.by_output && sums.chunks > 1) join_chunks(sums, threads);
     const int64_t height = sums.table.access.height;
     const int64_t together = std::max<int64_t>(1, (1 << 13) / row / height) * height;  // output channels
     const bool lines = row % k.lanes == 0 && uintptr_t(dw) % (k.lanes * sizeof(float)) == 0;  // in every piece
@@ -63,6 +82,7 @@ void write_gradient(const KernelSet& k, const Sums& sums, const granet_layout& l
         const int64_t begin = i * together, end = std::min(outputs, begin + together), count = (end - begin) * row;
         const auto fill = [&](float* to) {
             std::memset(to, 0, count * sizeof(float));
+            if (!sums.table.access.by_output) return scatter_listed(sums, layout, begin, end, to);
             for (int64_t block = 0; block < sums.table.blocks; ++block) {
                 const int32_t* ptr = sums.table.row_ptr(0, block, begin);
                 scatter(sums, *ptr, *sums.table.row_ptr(0, block, end), to, begin * row);

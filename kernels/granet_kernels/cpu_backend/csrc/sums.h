@@ -53,7 +53,7 @@ void sum_chunks(const KernelSet& k, const granet_layout& layout, const Table& ta
     const Sums sums{table, cut.chunks, memory.as<float>()};
     parallel_for(threads, cut.items(), [&](int64_t item) {
         const int64_t chunk = item / cut.splits, split = item % cut.splits;
-        const int64_t height = table.access.height, groups = layout.shape[0] / height;
+        const int64_t height = table.access.height, groups = table.rows / height;
         const int64_t begin = groups * split / cut.splits * height, end = groups * (split + 1) / cut.splits * height;
         sums.clear(chunk, begin, end);
         work(begin, end, cut.parts * chunk / cut.chunks, cut.parts * (chunk + 1) / cut.chunks, sums.of(chunk));
