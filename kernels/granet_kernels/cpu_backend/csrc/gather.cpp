@@ -9,13 +9,13 @@ namespace granet {
 namespace {
 
 // Measured best of 20, 24 and 28 kB for a first-level cache of 32 kB, and of 300, 450 and 600 kB for a second of 1 MB;
-// with 48 kB and 2 MB the same, but where each tap has a loop of its own.
+// with 48 kB and 2 MB the same, but where each tap has a loop of its own, and for kernels of one tap.
 constexpr int64_t FIRST_LEVEL = 28 << 10, SECOND_LEVEL = 420 << 10, FITS_SECOND_LEVEL = 600 << 10;
-constexpr double PART_OF_FIRST_BY_TAP = 0.875;
+constexpr double PART_OF_FIRST_BY_TAP = 0.875, PART_OF_FIRST_ONE_TAP = 0.8;
 constexpr double FIRST_LEVEL_WEIGHTS = 5, FIRST_LEVEL_WEIGHTS_BY_TAP = 20, SECOND_LEVEL_WEIGHTS = 1.5;
 // A second-level cache of this size is nearly as fast as a first: blocks for the first pay where rows read so much.
 constexpr int64_t LARGE_SECOND_LEVEL = int64_t(2) << 20;
-constexpr double FIRST_LEVEL_BYTES = 4608;
+constexpr double FIRST_LEVEL_BYTES = 4608, FIRST_LEVEL_BYTES_ONE_TAP = 2560;
 constexpr int64_t PAST_CACHE = int64_t(1) << 20;
 
 int64_t equal_parts(int64_t channels, int64_t most) {
@@ -26,9 +26,14 @@ int64_t equal_parts(int64_t channels, int64_t most) {
 }  // namespace
 
 int64_t block_of(int64_t footprint, int64_t tile, int64_t channels, double density, bool by_tap) {
-    const auto level = by_tap ? int64_t(PART_OF_FIRST_BY_TAP * double(caches().first)) : FIRST_LEVEL;
+    const bool one_tap = footprint == tile;
+    const auto part_of_first = [](double part) { return int64_t(part * double(caches().first)); };
+    const int64_t level = by_tap    ? part_of_first(PART_OF_FIRST_BY_TAP)
+                          : one_tap ? std::max(FIRST_LEVEL, part_of_first(PART_OF_FIRST_ONE_TAP))
+                                    : FIRST_LEVEL;
     double enough = by_tap ? FIRST_LEVEL_WEIGHTS_BY_TAP : FIRST_LEVEL_WEIGHTS;
-    if (caches().second >= LARGE_SECOND_LEVEL) enough = std::max(enough, FIRST_LEVEL_BYTES / double(tile));
+    if (caches().second >= LARGE_SECOND_LEVEL)
+        enough = std::max(enough, (one_tap ? FIRST_LEVEL_BYTES_ONE_TAP : FIRST_LEVEL_BYTES) / double(tile));
     const int64_t first = level / footprint, second = SECOND_LEVEL / footprint;
     if (first < channels && double(first) * density >= enough) return equal_parts(channels, first);
     if (footprint * channels > FITS_SECOND_LEVEL && double(second) * density >= SECOND_LEVEL_WEIGHTS)

@@ -47,11 +47,6 @@ void tile(const TileArgs& args) {
         char* out = t.out + row * t.out_row;
         Vec acc[N][TH][TW] = {};
         const float start = t.bias ? t.bias[row] : 0.0f;
-        GRANET_UNROLL
-        for (int a = 0; a < TH; ++a)
-            GRANET_UNROLL
-            for (int b = 0; b < TW; ++b)
-                acc[0][a][b] = t.accumulate ? *(const Vec*)(out + a * t.out_pitch + b * t.out_step) : start - Vec{};
         const int32_t end = t.ptr[row + 1];
         int32_t j = t.ptr[row];
         for (; j + N <= end; j += N) {
@@ -65,7 +60,8 @@ void tile(const TileArgs& args) {
             for (int b = 0; b < TW; ++b) {
                 GRANET_UNROLL
                 for (int k = 1; k < N; ++k) acc[0][a][b] += acc[k][a][b];
-                *(Vec*)(out + a * t.out_pitch + b * t.out_step) = acc[0][a][b];
+                Vec* to = (Vec*)(out + a * t.out_pitch + b * t.out_step);
+                *to = acc[0][a][b] + (t.accumulate ? *to : start - Vec{});
             }
     }
 }

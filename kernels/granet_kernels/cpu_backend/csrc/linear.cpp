@@ -11,7 +11,7 @@ namespace granet {
 namespace {
 
 // As many threads share the work without packing a panel twice, if there are images for it.
-constexpr int64_t PANELS = 4;
+constexpr int64_t PANELS = 8;
 constexpr int64_t ENOUGH = 4;  // vectors a weight; with fewer, its addresses and sums cost more than its products
 constexpr int64_t ROWS = 128;  // of the input packed at a time: longer runs in memory
 constexpr double PART_OF_SECOND_LEVEL = 0.625;

@@ -30,24 +30,35 @@ inline __attribute__((always_inline)) void pair_group(Vec (&acc)[TW], const Vec 
     if constexpr (DOT) add_sums<N>(product, t.sum + j);
 }
 
+// A sum of more weights is split, and rounds less.
+constexpr int32_t LONGEST_SUM = 256;
+
 template <int TW, bool TILE, bool DOT>
 void pair(const PairArgs& args) {
     constexpr ptrdiff_t step = sizeof(Vec);
     const PairArgs t = args;  // a copy that the stores below cannot alias
     for (int64_t row = 0; row < t.rows; ++row) {
-        Vec acc[TW] = {}, x[TW] = {};
+        Vec x[TW] = {};
         if constexpr (DOT) {
             GRANET_UNROLL
             for (int b = 0; b < TW; ++b) x[b] = *(const Vec*)(t.input + (row * TW + b) * step);
         }
-        int32_t j = t.ptr[row];
-        const int32_t end = t.ptr[row + 1];
-        for (; j + 4 <= end; j += 4) pair_group<TW, TILE, DOT, 4>(acc, x, t, j);
-        for (; j < end; ++j) pair_group<TW, TILE, DOT, 1>(acc, x, t, j);
-        if constexpr (TILE) {
-            GRANET_UNROLL
-            for (int b = 0; b < TW; ++b) *(Vec*)(t.out + (row * TW + b) * step) = acc[b];
-        }
+        const int32_t begin = t.ptr[row], end = t.ptr[row + 1];
+        int32_t j = begin;
+        do {
+            Vec acc[TW] = {};
+            const bool first = j == begin;
+            const int32_t stop = end - j > LONGEST_SUM ? j + LONGEST_SUM : end;
+            for (; j + 4 <= stop; j += 4) pair_group<TW, TILE, DOT, 4>(acc, x, t, j);
+            for (; j < stop; ++j) pair_group<TW, TILE, DOT, 1>(acc, x, t, j);
+            if constexpr (TILE) {
+                GRANET_UNROLL
+                for (int b = 0; b < TW; ++b) {
+                    Vec* to = (Vec*)(t.out + (row * TW + b) * step);
+                    *to = first ? acc[b] : *to + acc[b];
+                }
+            }
+        } while (j < end);
     }
 }
 
