@@ -26,7 +26,7 @@ template <int TH, int TW>
 constexpr int chains = TH * TW * 2 <= MAX_TILE ? 2 : 1;
 
 template <int TH, int TW>
-inline __attribute__((always_inline)) void add_weight(Vec (&acc)[TH][TW], const TileArgs& t, int32_t j) {
+inline __attribute__((always_inline)) void add_weight(Vec (&acc)[TH][TW], const TileArgs& t, ptrdiff_t j) {
     constexpr ptrdiff_t step = sizeof(Vec);
     const char* source = t.source + t.offset[j];
     const float value = t.value[j];
@@ -47,8 +47,8 @@ void tile(const TileArgs& args) {
         char* out = t.out + row * t.out_row;
         Vec acc[N][TH][TW] = {};
         const float start = t.bias ? t.bias[row] : 0.0f;
-        const int32_t end = t.ptr[row + 1];
-        int32_t j = t.ptr[row];
+        const ptrdiff_t end = t.ptr[row + 1];  // as wide as addresses, which are made of it
+        ptrdiff_t j = t.ptr[row];
         for (; j + N <= end; j += N) {
             GRANET_UNROLL
             for (int k = 0; k < N; ++k) add_weight(acc[k], t, j + k);

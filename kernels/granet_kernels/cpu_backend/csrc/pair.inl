@@ -7,7 +7,7 @@
 // additions in the same order whether both gradients are wanted or one, and wherever in a group the weight lies.
 template <int TW, bool TILE, bool DOT, int N>
 inline __attribute__((always_inline)) void pair_group(Vec (&acc)[TW], const Vec (&x)[TW], const PairArgs& t,
-                                                      int32_t j) {
+                                                      ptrdiff_t j) {
     constexpr ptrdiff_t step = sizeof(Vec);
     Vec product[N];
     const char* source[N];
@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) void pair_group(Vec (&acc)[TW], const Vec 
 }
 
 // A sum of more weights is split, and rounds less.
-constexpr int32_t LONGEST_SUM = 256;
+constexpr ptrdiff_t LONGEST_SUM = 256;
 
 template <int TW, bool TILE, bool DOT>
 void pair(const PairArgs& args) {
@@ -43,12 +43,12 @@ void pair(const PairArgs& args) {
             GRANET_UNROLL
             for (int b = 0; b < TW; ++b) x[b] = *(const Vec*)(t.input + (row * TW + b) * step);
         }
-        const int32_t begin = t.ptr[row], end = t.ptr[row + 1];
-        int32_t j = begin;
+        const ptrdiff_t begin = t.ptr[row], end = t.ptr[row + 1];
+        ptrdiff_t j = begin;
         do {
             Vec acc[TW] = {};
             const bool first = j == begin;
-            const int32_t stop = end - j > LONGEST_SUM ? j + LONGEST_SUM : end;
+            const ptrdiff_t stop = end - j > LONGEST_SUM ? j + LONGEST_SUM : end;
             for (; j + 4 <= stop; j += 4) pair_group<TW, TILE, DOT, 4>(acc, x, t, j);
             for (; j < stop; ++j) pair_group<TW, TILE, DOT, 1>(acc, x, t, j);
             if constexpr (TILE) {
