@@ -119,12 +119,18 @@ class Plan:
         site.passed.pop(layout.bucket, None)
         if mode != MEASURED:
             return self._mode.choice(site, layout), False
-        if not site.is_set_up:
-            self._set_up_measuring(site)
-        choice = site.current(layout.bucket)
-        if choice is None or count % _PERIOD == 0:
-            return self._decide(site, layout, count)
-        return choice, False
+        return self._choice(site, layout, count)
+
+    def choose_together(self, sites: Sequence[Site], layout: SparseLayout) -> tuple[bool, bool]:
+        """Whether the next calls at all of these sites are to run natively, and whether to time any of them.
+
+        Such calls may be made as one, if they are counted; if it is timed, `record_together` has to follow.
+        """
+        mode, bucket = self.mode(), layout.bucket
+        if mode != MEASURED:
+            return all(self._mode.choice(site, layout) == NATIVE for site in sites), False
+        found = [self._choice(site, layout, site.counts.get(bucket, 0) + 1) for site in sites]
+        return all(choice == NATIVE for choice, _ in found), any(timed for _, timed in found)
 
     def agrees_on_dense(self, sites: Sequence[Site], layout: SparseLayout) -> bool:
         """Whether all of a layer's directions run densely at this density, so that no op has to be called.
@@ -142,16 +148,6 @@ class Plan:
             return False  # until an op is called
         sites[0].passed[bucket] = passed
         return True
-
-    def are_all_native(self, sites: Sequence[Site], layout: SparseLayout) -> bool:
-        """Whether the next calls at all of these sites run natively, and none is to be timed.
-
-        Such calls may be made together, if they are counted. Times are those of calls one by one, which take longer.
-        """
-        mode, bucket = self.mode(), layout.bucket
-        if mode != MEASURED:
-            return all(self._mode.choice(site, layout) == NATIVE for site in sites)
-        return all(site.current(bucket) == NATIVE and (site.counts.get(bucket, 0) + 1) % _PERIOD != 0 for site in sites)
 
     def record(self, site: Site, layout: SparseLayout, implementation: str, seconds: float, warm: bool) -> None:
         """Take down what a timed call took.
@@ -171,6 +167,16 @@ class Plan:
                 self._unsaved = True
         if self._unsaved and self._clock() - self._saved_at > _SAVE_EVERY:
             self.save_times()
+
+    def record_together(
+        self, sites: Sequence[Site], layout: SparseLayout, seconds: float, warm: Sequence[bool]
+    ) -> None:
+        """Take down what one native call for several sites took: each has its part, as of the dense calls' time."""
+        dense = [site.times.time(DENSE, layout.bucket) for site in sites]
+        known = [each for each in dense if each]
+        parts = [each / sum(known) for each in known] if len(known) == len(sites) else [1 / len(sites)] * len(sites)
+        for site, part, its_warm in zip(sites, parts, warm, strict=True):
+            self.record(site, layout, NATIVE, seconds * part, its_warm)
 
     def take_turns(self, turns: Turns) -> tuple[bool, bool]:
         """Which way a dense op goes in this call, and whether to time it: then `record_turn` has to follow."""
@@ -254,6 +260,15 @@ class Plan:
                 site.times.load(entry)
             site.is_set_up = True
 
+    def _choice(self, site: Site, layout: SparseLayout, count: int) -> tuple[str, bool]:
+        """What `choose` says of a measured plan's call of this number, however often it is asked."""
+        if not site.is_set_up:
+            self._set_up_measuring(site)
+        choice = site.current(layout.bucket)
+        if choice is None or count % _PERIOD == 0:
+            return self._decide(site, layout, count)
+        return choice, False
+
     def _decide(self, site: Site, layout: SparseLayout, count: int) -> tuple[str, bool]:
         with self._lock:
             bucket = layout.bucket
@@ -304,7 +319,8 @@ if hasattr(os, "register_at_fork"):
 mode, set_mode, use = _plan.mode, _plan.set_mode, _plan.use
 site, choose, record = _plan.site, _plan.choose, _plan.record
 take_turns, record_turn = _plan.take_turns, _plan.record_turn
-agrees_on_dense, are_all_native = _plan.agrees_on_dense, _plan.are_all_native
+agrees_on_dense = _plan.agrees_on_dense
+choose_together, record_together = _plan.choose_together, _plan.record_together
 is_warm, note, times_by_density = plan_notes.is_warm, plan_notes.note, plan_notes.times_by_density
 report, speedup, concerns, summary = _plan.report, _plan.speedup, _plan.concerns, _plan.summary
 save, load, clear = _plan.save, _plan.set_mode, _plan.clear

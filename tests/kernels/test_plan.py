@@ -131,7 +131,7 @@ def test_what_runs_while_the_other_cannot_be_afforded(tmp_path):
     layout = layout_of(mask)
     machine.settle(mask, 8)
     assert machine.site.waiting == {layout.bucket: NATIVE}
-    assert machine.plan.are_all_native([machine.site], layout)  # both gradients may be computed in one call
+    assert machine.plan.choose_together([machine.site], layout) == (True, False)
     assert not machine.plan.agrees_on_dense([machine.site], layout)
     machine.plan.save(tmp_path / "plan.json")
     assert plan_files.read_choices(tmp_path / "plan.json") == {}
@@ -248,25 +248,54 @@ def test_a_stall_counts_as_ten_times_the_winner():
     assert machine.settle(mask) == NATIVE
 
 
-def test_calls_that_need_no_choice():
-    """They are native; where one of them is due to be timed, the plan has to be asked for each."""
+def test_calls_that_may_be_made_as_one():
+    """They are native; one that is due to be timed has the others timed with it."""
     machine = Machine(1e-3, lambda density: density * 1e-3)
     mask, other = mask_of(0.1), machine.plan.site("linear wgrad")
     layout, sites = layout_of(mask), (machine.site, other)
-    assert not machine.plan.are_all_native(sites, layout)  # nothing is known
+    assert machine.plan.choose_together(sites, layout) == (True, True)  # nothing is known, so the rule counts
     machine.settle(mask)
-    assert not machine.plan.are_all_native(sites, layout)
+    assert machine.plan.choose_together(sites, layout) == (True, True)
     for _ in range(200):
         machine.call(mask, other)
     for _ in range(7):
-        assert machine.plan.are_all_native(sites, layout)
+        assert machine.plan.choose_together(sites, layout) == (True, False)
         assert other.count(layout.bucket) == machine.site.counts[layout.bucket] + 1
         machine.site.count(layout.bucket)
-    assert not machine.plan.are_all_native(sites, layout)  # the 208th
+    assert machine.plan.choose_together(sites, layout) == (True, True)  # the 208th
     other.count(layout.bucket)
-    assert not machine.plan.are_all_native(sites, layout)
+    assert machine.plan.choose_together(sites, layout) == (True, True)
     machine.site.count(layout.bucket)
-    assert machine.plan.are_all_native(sites, layout)
+    assert machine.plan.choose_together(sites, layout) == (True, False)
+
+
+def test_a_call_for_two_sites_is_held_against_both_dense_ones():
+    """Natively, one alone loses; together they take less than the two dense calls, of 1 and 3 ms."""
+    machine = Machine(1e-3, lambda density: 2e-3)
+    mask, other = mask_of(0.6), machine.plan.site("linear wgrad")
+    layout, sites = layout_of(mask), (machine.site, other)
+    for together in (3e-3, 5e-3):
+        machine.plan.clear()
+        for site, dense in zip(sites, (1e-3, 3e-3), strict=True):
+            for _ in range(4):
+                machine.plan.choose(site, layout)
+                machine.plan.record(site, layout, DENSE, dense, True)
+        assert machine.plan.choose_together(sites, layout) == (True, True)
+        for _ in range(3):
+            machine.plan.record_together(sites, layout, together, (True, True))
+        times = [site.times.time(NATIVE, layout.bucket) for site in sites]
+        assert times == pytest.approx([together / 4, together * 3 / 4])
+        assert machine.plan.choose_together(sites, layout)[0] == (together < 4e-3)
+        assert {site.choices[layout.bucket] for site in sites} == {NATIVE if together < 4e-3 else DENSE}
+
+
+def test_a_call_for_two_sites_without_dense_times_is_shared_equally():
+    machine, mask = Machine(1e-3, lambda density: 1e-3), mask_of(0.1)
+    layout, sites = layout_of(mask), (machine.site, machine.plan.site("linear wgrad"))
+    machine.plan.record(machine.site, layout, DENSE, 1e-3, True)
+    machine.plan.record(machine.site, layout, DENSE, 1e-3, True)
+    machine.plan.record_together(sites, layout, 3e-3, (True, False))
+    assert [site.times.time(NATIVE, layout.bucket) for site in sites] == [pytest.approx(1.5e-3), None]
 
 
 @pytest.mark.parametrize("saved", [2e-5, 4e-5])
@@ -303,8 +332,9 @@ def test_a_layer_that_goes_past_the_op_calls_it_now_and_then():
 @pytest.mark.parametrize("mode", ["rule", NATIVE, DENSE])
 def test_fixed_modes_need_no_choice(mode):
     machine = Machine(1e-3, lambda density: 1e-3, mode=mode)
-    found = [machine.plan.are_all_native([machine.site], layout_of(mask_of(density))) for density in (0.9, 0.1)]
-    assert found == {"rule": [False, True], NATIVE: [True, True], DENSE: [False, False]}[mode]
+    found = [machine.plan.choose_together([machine.site], layout_of(mask_of(density))) for density in (0.9, 0.1)]
+    native = {"rule": [False, True], NATIVE: [True, True], DENSE: [False, False]}[mode]
+    assert found == [(each, False) for each in native]
 
 
 @pytest.mark.parametrize("mode", ["rule", NATIVE, DENSE])

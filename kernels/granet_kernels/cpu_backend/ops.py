@@ -169,9 +169,13 @@ def _run_both(
     dgrad: Call, wgrad: Call, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Both gradients natively, or None if the plan has other wishes, which are for the ops."""
-    layout = layout_of(mask)
-    if not plan.are_all_native((dgrad.site, wgrad.site), layout):
+    layout, calls = layout_of(mask), (dgrad, wgrad)
+    sites = dgrad.site, wgrad.site
+    all_native, timed = plan.choose_together(sites, layout)
+    if not all_native:
         return None
+    warm = [timed and plan.is_warm(call.site, call.direction, layout) for call in calls]
+    began = perf_counter()
     lib: Any = library.load()
     w = weight if dgrad.fits else _as_mask(weight, mask)
     x_grad, w_grad = memory.empty_strided(dgrad.shape, dgrad.strides), memory.empty_like(mask)
@@ -191,7 +195,9 @@ def _run_both(
     if status == _UNSUPPORTED:
         return None
     library.check(status)
-    for call in (dgrad, wgrad):
+    if timed:
+        plan.record_together(sites, layout, perf_counter() - began, warm)
+    for call in calls:
         call.site.count(layout.bucket)
         plan.note(call.site, call.direction, layout, plan.NATIVE)
     return x_grad, w_grad
