@@ -1,6 +1,6 @@
 // Both gradients of a layer in one call, on one panel of the incoming gradient where both can read it, or image by
 // image: where few weights are left, packing, unpacking and memory are most of a layer's time. (Not where the input
-// gradient has narrower panels, as in linear layers of few weights a row: they gain as much.)
+// gradient has narrower panels, as 1 x 1 convolutions of few weights have: they gain as much.) Linear layers: linear.h.
 #include <optional>
 
 #include "direct.h"
