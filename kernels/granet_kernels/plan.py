@@ -124,13 +124,21 @@ class Plan:
     def choose_together(self, sites: Sequence[Site], layout: SparseLayout) -> tuple[bool, bool]:
         """Whether the next calls at all of these sites are to run natively, and whether to time any of them.
 
-        Such calls may be made as one, if they are counted; if it is timed, `record_together` has to follow.
+        Such calls may be made as one, if they are counted; one that is timed needs `record_together`. It is for callers
+        of whom one call is much faster: what it takes is held against dense code for all sites, never for some alone.
         """
-        mode, bucket = self.mode(), layout.bucket
-        if mode != MEASURED:
-            return all(self._mode.choice(site, layout) == NATIVE for site in sites), False
-        found = [self._choice(site, layout, site.counts.get(bucket, 0) + 1) for site in sites]
-        return all(choice == NATIVE for choice, _ in found), any(timed for _, timed in found)
+        mode, bucket, any_timed = self.mode(), layout.bucket, False
+        for site in sites:
+            if mode != MEASURED:
+                choice, timed = self._mode.choice(site, layout), False
+            else:
+                choice, timed = self._choice(site, layout, site.counts.get(bucket, 0) + 1)
+            if choice != NATIVE:
+                return False, False
+            any_timed = any_timed or timed
+        if any_timed and None in self._dense_times(sites):
+            return False, False  # there is nothing to tell each site's part by
+        return True, any_timed
 
     def agrees_on_dense(self, sites: Sequence[Site], layout: SparseLayout) -> bool:
         """Whether all of a layer's directions run densely at this density, so that no op has to be called.
@@ -168,15 +176,13 @@ class Plan:
         if self._unsaved and self._clock() - self._saved_at > _SAVE_EVERY:
             self.save_times()
 
-    def record_together(
-        self, sites: Sequence[Site], layout: SparseLayout, seconds: float, warm: Sequence[bool]
-    ) -> None:
-        """Take down what one native call for several sites took: each has its part, as of the dense calls' time."""
-        dense = [site.times.time(DENSE, layout.bucket) for site in sites]
-        known = [each for each in dense if each]
-        parts = [each / sum(known) for each in known] if len(known) == len(sites) else [1 / len(sites)] * len(sites)
-        for site, part, its_warm in zip(sites, parts, warm, strict=True):
-            self.record(site, layout, NATIVE, seconds * part, its_warm)
+    def record_together(self, sites: Sequence[Site], layout: SparseLayout, seconds: float, warm: bool) -> None:
+        """Take down what one native call for several sites took: each has the part that it has of the dense time."""
+        dense = [each for each in self._dense_times(sites) if each]
+        if len(dense) < len(sites):  # forgotten in the meantime
+            return
+        for site, its in zip(sites, dense, strict=True):
+            self.record(site, layout, NATIVE, seconds * its / sum(dense), warm)
 
     def take_turns(self, turns: Turns) -> tuple[bool, bool]:
         """Which way a dense op goes in this call, and whether to time it: then `record_turn` has to follow."""
@@ -259,6 +265,10 @@ class Plan:
             if entry is not None:
                 site.times.load(entry)
             site.is_set_up = True
+
+    @staticmethod
+    def _dense_times(sites: Sequence[Site]) -> list[float | None]:
+        return [site.times.time(DENSE, 0) for site in sites]
 
     def _choice(self, site: Site, layout: SparseLayout, count: int) -> tuple[str, bool]:
         """What `choose` says of a measured plan's call of this number, however often it is asked."""

@@ -151,15 +151,19 @@ def layer(mask):
 def calls(monkeypatch):
     """How many times both gradients were computed at once."""
     done = []
-    both, kernels = linear_op._gradients["cpu"]
 
-    def counted(*operands):
-        results = both(*operands)
-        if results is not None:
-            done.append(1)
-        return results
+    def counting(both):
+        def counted(*operands):
+            results = both(*operands)
+            if results is not None:
+                done.append(1)
+            return results
 
-    monkeypatch.setitem(linear_op._gradients, "cpu", (counted, kernels))
+        return counted
+
+    for op in (linear_op, conv2d_op):
+        both, kernels = op._gradients["cpu"]
+        monkeypatch.setitem(op._gradients, "cpu", (counting(both), kernels))
     return done
 
 
@@ -218,7 +222,18 @@ def test_another_kernel_for_a_while(op, calls, random_mask):
     assert calls == [1]
 
 
-def test_a_measured_plan_goes_on_measuring(calls, random_mask, monkeypatch):
+def measured(random_mask, kernel, passes=200):
+    mask = random_mask((600, 500, *kernel), 0.02)
+    x, weight = (torch.randn(*shape, *kernel, requires_grad=True) for shape in ((2, 500), (600, 500)))
+    op = granet_kernels.conv2d if kernel else granet_kernels.linear
+    plan.clear()
+    with plan.use("measured"):
+        for _ in range(passes):
+            op(x, weight, mask).sum().backward()
+    assert plan.summary().calls == 3 * passes
+
+
+def test_a_measured_plan_goes_on_measuring_convolutions(calls, random_mask, monkeypatch):
     """Every sixteenth pass is for the ops, which are timed; the others count."""
     record, timed = plan.record, []
 
@@ -227,15 +242,30 @@ def test_a_measured_plan_goes_on_measuring(calls, random_mask, monkeypatch):
         record(site, layout, implementation, 1e-3 if implementation == plan.NATIVE else 1.0, warm)
 
     monkeypatch.setattr(plan, "record", record_clearly)
-    mask = random_mask((600, 500), 0.02)
-    x, weight = torch.randn(2, 500, requires_grad=True), torch.randn(600, 500, requires_grad=True)
-    plan.clear()
-    with plan.use("measured"):
-        for _ in range(200):
-            granet_kernels.linear(x, weight, mask).sum().backward()
-    assert plan.summary().calls == 3 * 200
+    measured(random_mask, (2, 2))
     assert 150 < len(calls) <= 200 - 200 // 16
     assert timed[-1] > 150
+
+
+def test_a_measured_plan_times_both_gradients_of_a_linear_layer_as_one(calls, random_mask, monkeypatch):
+    """Once it knows the dense times; what the two calls would take alone is not asked again."""
+    record, together, alone, both = plan.record, plan.record_together, [], []
+
+    def record_clearly(site, layout, implementation, seconds, warm):
+        alone.append((len(calls), site.key.split()[1]))
+        record(site, layout, implementation, 1e-3 if implementation == plan.NATIVE else 1.0, warm)
+
+    def record_together_clearly(sites, layout, seconds, warm):
+        both.append(len(calls))
+        together(sites, layout, 1e-3, warm)
+
+    monkeypatch.setattr(plan, "record", record_clearly)
+    monkeypatch.setattr(plan, "record_together", record_together_clearly)
+    measured(random_mask, ())
+    assert len(calls) >= 190
+    assert {direction for number, direction in alone if number > 2} == {"forward"}
+    assert len(both) >= 10
+    assert both[-1] > 180
 
 
 def test_what_the_library_does_not_support_is_for_the_ops(monkeypatch, random_mask):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import ISAS, sliced, transposed
 
+from granet_kernels.conv2d import conv2d_op
 from granet_kernels.cpu_backend import library
 from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.layout import layout_of
@@ -17,8 +18,8 @@ pytestmark = [
     pytest.mark.usefixtures("natively_with_nan_in_new_memory"),
 ]
 
-# Images whose panels have from 1 to 8 vectors, of 16, 8 or 4 images; the last panel is not full.
-IMAGES = [3, 30, 95, 130, 515, 650, 780, 900, 1030]
+# Images whose panels have from 1 to 8 vectors, of 16, 8 or 4 images; the last panel is not full, or hardly begun.
+IMAGES = [3, 7, 10, 20, 30, 40, 60, 635, 650, 765, 890, 1020]
 
 
 def given(random_mask, images, inputs, outputs, sparsity):
@@ -51,11 +52,11 @@ def assert_right(operands, assert_as_accurate):
     return x_grad, w_grad
 
 
-def reads_once(grad, x, weight, mask):
+def is_one_walk(grad, x, weight, mask):
     dgrad = find_call("linear", "dgrad", grad, weight, mask)
     wgrad = find_call("linear", "wgrad", grad, x, mask)
     operands = layout_of(mask).native, dgrad.conv, dgrad.first, wgrad.second, dgrad.second, dgrad.threads
-    return bool(library.load().granet_conv2d_reads_once(*operands))
+    return library.load().granet_conv2d_reads_once(*operands) == 2
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -114,14 +115,32 @@ def test_nan_and_inf_stay_with_what_they_meet(random_mask):
 def test_one_walk_serves_both(random_mask):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert reads_once(*given(random_mask, 200, 64, 48, 0.9))
+        assert is_one_walk(*given(random_mask, 200, 64, 48, 0.9))
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_more_outputs_than_the_cache_holds(isa, isa_used, random_mask, assert_as_accurate):
-    """One panel of the narrowest kind takes more than any second-level cache: both gradients go their own ways."""
+    """A panel takes more than a second-level cache, of 14 MB even: both gradients go their own ways."""
     operands = given(random_mask, 200, 3, 70_000, 0.9)
     torch.set_num_threads(3)
     with isa_used(isa):
-        assert not reads_once(*operands)
+        assert not is_one_walk(*operands)
         assert_right(operands, assert_as_accurate)
+
+
+@pytest.mark.parametrize(("pad", "stride"), [(1, 3), (2, 5), (0, 2)])
+def test_padding_alone_is_no_linear_layer(pad, stride, random_mask):
+    """One pixel in and one out, but with padding that one reads nothing but zeros."""
+    grad, x, weight, mask = given(random_mask, 20, 30, 25, 0.5)
+    rest = [stride, stride], [pad, pad], [1, 1], 1, None
+    grad, x, weight, mask = (t[..., None, None] for t in (grad, x, weight, mask))
+    x_grad = OPS.conv2d_dgrad(grad, weight, mask, x.shape, *rest)
+    w_grad = OPS.conv2d_wgrad(grad, x, mask, *rest)
+    if pad:
+        assert x_grad.count_nonzero() == w_grad.count_nonzero() == 0
+    else:
+        expected = torchs(*(t[..., 0, 0] for t in (grad, x, weight, mask)), torch.float32)
+        torch.testing.assert_close((x_grad[..., 0, 0], w_grad[..., 0, 0]), expected)
+    with torch.no_grad():
+        for one, other in zip(conv2d_op.gradients(grad, x, weight, mask, *rest), (x_grad, w_grad), strict=True):
+            assert torch.equal(one, other)

@@ -253,9 +253,9 @@ def test_calls_that_may_be_made_as_one():
     machine = Machine(1e-3, lambda density: density * 1e-3)
     mask, other = mask_of(0.1), machine.plan.site("linear wgrad")
     layout, sites = layout_of(mask), (machine.site, other)
-    assert machine.plan.choose_together(sites, layout) == (True, True)  # nothing is known, so the rule counts
+    assert machine.plan.choose_together(sites, layout) == (False, False)  # no dense time is known
     machine.settle(mask)
-    assert machine.plan.choose_together(sites, layout) == (True, True)
+    assert machine.plan.choose_together(sites, layout) == (False, False)
     for _ in range(200):
         machine.call(mask, other)
     for _ in range(7):
@@ -269,33 +269,38 @@ def test_calls_that_may_be_made_as_one():
     assert machine.plan.choose_together(sites, layout) == (True, False)
 
 
-def test_a_call_for_two_sites_is_held_against_both_dense_ones():
-    """Natively, one alone loses; together they take less than the two dense calls, of 1 and 3 ms."""
-    machine = Machine(1e-3, lambda density: 2e-3)
-    mask, other = mask_of(0.6), machine.plan.site("linear wgrad")
-    layout, sites = layout_of(mask), (machine.site, other)
-    for together in (3e-3, 5e-3):
-        machine.plan.clear()
-        for site, dense in zip(sites, (1e-3, 3e-3), strict=True):
-            for _ in range(4):
-                machine.plan.choose(site, layout)
-                machine.plan.record(site, layout, DENSE, dense, True)
-        assert machine.plan.choose_together(sites, layout) == (True, True)
-        for _ in range(3):
-            machine.plan.record_together(sites, layout, together, (True, True))
-        times = [site.times.time(NATIVE, layout.bucket) for site in sites]
-        assert times == pytest.approx([together / 4, together * 3 / 4])
-        assert machine.plan.choose_together(sites, layout)[0] == (together < 4e-3)
-        assert {site.choices[layout.bucket] for site in sites} == {NATIVE if together < 4e-3 else DENSE}
+def with_dense_times(machine, mask, dense):
+    """Sites that are dense so far, and have been measured."""
+    sites = machine.site, machine.plan.site("linear wgrad")
+    for site, seconds in zip(sites, dense, strict=True):
+        for _ in range(4):
+            machine.plan.choose(site, layout_of(mask))
+            machine.plan.record(site, layout_of(mask), DENSE, seconds, True)
+    return sites
 
 
-def test_a_call_for_two_sites_without_dense_times_is_shared_equally():
-    machine, mask = Machine(1e-3, lambda density: 1e-3), mask_of(0.1)
-    layout, sites = layout_of(mask), (machine.site, machine.plan.site("linear wgrad"))
-    machine.plan.record(machine.site, layout, DENSE, 1e-3, True)
-    machine.plan.record(machine.site, layout, DENSE, 1e-3, True)
-    machine.plan.record_together(sites, layout, 3e-3, (True, False))
-    assert [site.times.time(NATIVE, layout.bucket) for site in sites] == [pytest.approx(1.5e-3), None]
+@pytest.mark.parametrize("together", [3e-3, 5e-3])
+def test_a_call_for_two_sites_is_held_against_both_dense_ones(together):
+    machine, mask = Machine(1e-3, lambda density: 1e-3), mask_of(0.6)
+    layout, sites = layout_of(mask), with_dense_times(machine, mask, (1e-3, 3e-3))
+    assert machine.plan.choose_together(sites, layout) == (True, True)
+    for _ in range(3):
+        machine.plan.record_together(sites, layout, together, True)
+    times = [site.times.time(NATIVE, layout.bucket) for site in sites]
+    assert times == pytest.approx([together / 4, together * 3 / 4])
+    assert machine.plan.choose_together(sites, layout)[0] == (together < 4e-3)
+    assert {machine.plan.choose(site, layout)[0] for site in sites} == {NATIVE if together < 4e-3 else DENSE}
+
+
+def test_a_call_for_two_sites_that_prepares_is_no_sample():
+    machine, mask = Machine(1e-3, lambda density: 1e-3), mask_of(0.6)
+    layout, sites = layout_of(mask), with_dense_times(machine, mask, (1e-3, 3e-3))
+    machine.plan.record_together(sites, layout, 9e-3, False)
+    assert [site.times.time(NATIVE, layout.bucket) for site in sites] == [None, None]
+    assert machine.plan.summary().seconds == pytest.approx(5e-3)
+    machine.plan.clear()
+    machine.plan.record_together(sites, layout, 9e-3, True)  # what its parts are is forgotten
+    assert [site.times.time(NATIVE, layout.bucket) for site in sites] == [None, None]
 
 
 @pytest.mark.parametrize("saved", [2e-5, 4e-5])

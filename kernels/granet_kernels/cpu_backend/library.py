@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _PROCESS = os.getpid()
 

@@ -21,6 +21,7 @@ from granet_kernels.layout import SparseLayout, layout_of
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 
 _UNSUPPORTED = 2  # the status of the library
+_ONE_WALK = 2  # what granet_conv2d_reads_once says where both gradients share the loads of their products
 
 
 @linear_op.register_kernel("cpu")
@@ -174,9 +175,11 @@ def _run_both(
     all_native, timed = plan.choose_together(sites, layout)
     if not all_native:
         return None
-    warm = [timed and plan.is_warm(call.site, call.direction, layout) for call in calls]
-    began = perf_counter()
     lib: Any = library.load()
+    if timed and not _share_loads(lib, layout, dgrad, wgrad):
+        return None
+    warm = timed and all(plan.is_warm(call.site, call.direction, layout) for call in calls)
+    began = perf_counter()
     w = weight if dgrad.fits else _as_mask(weight, mask)
     x_grad, w_grad = memory.empty_strided(dgrad.shape, dgrad.strides), memory.empty_like(mask)
     status = lib.granet_conv2d_backward(
@@ -201,6 +204,12 @@ def _run_both(
         call.site.count(layout.bucket)
         plan.note(call.site, call.direction, layout, plan.NATIVE)
     return x_grad, w_grad
+
+
+def _share_loads(lib: Any, layout: SparseLayout, dgrad: Call, wgrad: Call) -> bool:
+    """Whether one call for both gradients is much faster than two; where it is little, two tell the plan more."""
+    strides = dgrad.first, wgrad.second, dgrad.second
+    return bool(lib.granet_conv2d_reads_once(layout.native, dgrad.conv, *strides, dgrad.threads) == _ONE_WALK)
 
 
 def _run(

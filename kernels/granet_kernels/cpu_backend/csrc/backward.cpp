@@ -41,14 +41,6 @@ struct Shared {
     ptrdiff_t corner() const { return -dgrad.y.low * dgrad.pitch() - dgrad.x.low * dgrad.groups * dgrad.vector; }
 };
 
-struct Operands {
-    Images gradient, source;
-    const float* weight;
-    float* dx;
-    const int64_t* dx_strides;
-    float* dw;
-};
-
 // What both gradients are computed of.
 struct Problem {
     Problem(const granet_conv& conv, const int64_t* g_strides, const int64_t* x_strides, const int64_t* dx_strides)
@@ -86,7 +78,7 @@ std::optional<Shared> find_shared(const KernelSet& k, granet_layout* layout, con
     return shared;
 }
 
-void run_shared(const KernelSet& k, granet_layout* layout, const Shared& shared, const Operands& o, int threads) {
+void run_shared(const KernelSet& k, granet_layout* layout, const Shared& shared, const Gradients& o, int threads) {
     const auto table = table_of(layout, shared.dgrad, false), dots = table_of(layout, shared.wgrad, true);
     const Scratch values(table->nnz() * sizeof(float));
     gather_values(*table, o.weight, values.as<float>(), threads);
@@ -120,18 +112,15 @@ int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const
     return guarded([&]() -> int {
         const KernelSet& k = kernels();
         const Problem p(*conv, g_strides, x_strides, dx_strides);
-        if (p.is_same && linear_applies(k, layout, p.c))
-            return backward_linear(k, layout, p.c, {g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx,
-                                   p.dx.data(), dw, threads);
+        const Gradients both{{g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx, p.dx.data(), dw};
+        if (p.is_same && linear_applies(k, layout, p.c)) return run_linear(k, layout, p.c, both, threads);
         const bool near = is_near(k, layout, p, threads);
         if (near || is_direct(k, layout, p, threads)) {
-            const Images gradient{g, p.g.data(), p.c.n}, source{x, p.x.data(), p.c.n};
             const auto run = near ? backward_near : backward_direct;
-            return run(k, layout, p.c, gradient, source, weight, dx, p.dx.data(), dw, threads);
+            return run(k, layout, p.c, both.gradient, both.source, weight, dx, p.dx.data(), dw, threads);
         }
         if (const auto shared = find_shared(k, layout, p, threads)) {
-            const Operands o{{g, p.g.data(), p.c.n}, {x, p.x.data(), p.c.n}, weight, dx, p.dx.data(), dw};
-            run_shared(k, layout, *shared, o, threads);
+            run_shared(k, layout, *shared, both, threads);
             return GRANET_OK;
         }
         const int status = granet_conv2d_dgrad(layout, conv, g, g_strides, weight, dx, dx_strides, threads);
@@ -145,8 +134,9 @@ int granet_conv2d_reads_once(granet_layout* layout, const granet_conv* conv, con
     try {
         const Problem p(*conv, g_strides, x_strides, dx_strides);
         const KernelSet& k = kernels();
-        return (p.is_same && linear_applies(k, layout, p.c)) || is_near(k, layout, p, threads) ||
-               is_direct(k, layout, p, threads) || find_shared(k, layout, p, threads).has_value();
+        if (p.is_same && linear_applies(k, layout, p.c)) return 2;
+        return is_near(k, layout, p, threads) || is_direct(k, layout, p, threads) ||
+               find_shared(k, layout, p, threads).has_value();
     } catch (const std::exception&) {
         return 0;
     }

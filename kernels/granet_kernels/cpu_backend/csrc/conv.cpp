@@ -1,7 +1,4 @@
 // Forward pass and input gradient: both gather, each destination pixel from the sources that its row's weights name.
-#include <algorithm>
-#include <new>
-
 #include "direct.h"
 #include "linear.h"
 #include "near.h"
@@ -63,7 +60,7 @@ int granet_conv2d_dgrad(granet_layout* layout, const granet_conv* conv, const fl
             return gather_direct(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
                                  threads);
         if (linear_applies(k, layout, c))
-            return dgrad_linear(k, layout, c, Images{g, from.data(), c.n}, weight, dx, to.data(), threads);
+            return run_linear(k, layout, c, {{g, from.data(), c.n}, {}, weight, dx, to.data(), nullptr}, threads);
         if (c.stride_h == 1 && near_applies(k, *layout, c, to.data(), from.data()))
             return gather_near(k, layout, false, c, Images{g, from.data(), c.n}, weight, nullptr, dx, to.data(),
                                threads);

@@ -47,7 +47,7 @@ Access access_of(const granet_layout& layout, bool by_output, const Grid& read, 
     access.phase = {0};
     access.tap_offset = {0};
     const int64_t tile = t.th * t.tw * t.vector;
-    access.block = block_of(tile, tile, layout.shape[by_output ? 1 : 0], layout.density(), false);
+    access.block = block_of(tile, tile, layout.shape[by_output ? 1 : 0], layout.density(), Taps::one);
     return access;
 }
 

@@ -25,8 +25,8 @@ int64_t equal_parts(int64_t channels, int64_t most) {
 
 }  // namespace
 
-int64_t block_of(int64_t footprint, int64_t tile, int64_t channels, double density, bool by_tap) {
-    const bool one_tap = footprint == tile;
+int64_t block_of(int64_t footprint, int64_t tile, int64_t channels, double density, Taps taps) {
+    const bool by_tap = taps == Taps::each, one_tap = taps == Taps::one;
     const auto part_of_first = [](double part) { return int64_t(part * double(caches().first)); };
     const int64_t level = by_tap    ? part_of_first(PART_OF_FIRST_BY_TAP)
                           : one_tap ? std::max(FIRST_LEVEL, part_of_first(PART_OF_FIRST_ONE_TAP))
@@ -49,7 +49,8 @@ int64_t footprint_of(const Geometry& g) {
 std::shared_ptr<const Table> table_of(granet_layout* layout, const Geometry& g, bool by_output) {
     const double outputs = g.y.target_phases * g.x.target_phases;
     const double density = double(layout->nnz()) / (double(g.rows * g.channels) * outputs);
-    const int64_t block = block_of(footprint_of(g), g.th * g.tw * g.vector, g.channels, density, g.whole);
+    const Taps taps = g.whole ? Taps::each : g.y.shift.size() * g.x.shift.size() == 1 ? Taps::one : Taps::together;
+    const int64_t block = block_of(footprint_of(g), g.th * g.tw * g.vector, g.channels, density, taps);
     return layout->table(access_of(g, by_output, block));
 }
 

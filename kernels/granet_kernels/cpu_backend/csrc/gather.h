@@ -18,8 +18,9 @@ constexpr int64_t CHUNK = 16;  // rows whose tiles are stored together: what a c
 //
 // footprint: bytes of a channel that a tile reads; tile: those that one weight does; density: kept weights of a row and
 // channel. Blocks for the first-level cache pay if a row has several weights in each, since its tile is loaded and
-// stored once a block; more of them where each tap has a loop of its own.
-int64_t block_of(int64_t footprint, int64_t tile, int64_t channels, double density, bool by_tap);
+// stored once a block; more of them where each tap has a loop of its own, and fewer where there is one tap.
+enum class Taps { one, together, each };
+int64_t block_of(int64_t footprint, int64_t tile, int64_t channels, double density, Taps taps);
 
 int64_t footprint_of(const Geometry& g);
 

@@ -10,7 +10,7 @@
 #define GRANET_API extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of what is declared here; the Python side refuses a library of another version.
-#define GRANET_ABI_VERSION 6
+#define GRANET_ABI_VERSION 7
 
 typedef enum { GRANET_OK = 0, GRANET_OUT_OF_MEMORY = 1, GRANET_UNSUPPORTED = 2 } granet_status;
 
@@ -57,7 +57,8 @@ GRANET_API int granet_conv2d_wgrad(granet_layout* layout, const granet_conv* con
                                    int threads);
 
 // Both: the same bits as by the two functions above. Where both can read g together, panel by panel or image by image,
-// in one pass fewer over it; reads_once says whether they do, 1 or 0.
+// in one pass fewer over it; reads_once says whether they do, 1 or 0, or 2 if they share the products' loads, too, so
+// that one gradient alone takes much of the time of both.
 GRANET_API int granet_conv2d_backward(granet_layout* layout, const granet_conv* conv, const float* g,
                                       const int64_t g_strides[4], const float* x, const int64_t x_strides[4],
                                       const float* weight, float* dx, const int64_t dx_strides[4], float* dw,

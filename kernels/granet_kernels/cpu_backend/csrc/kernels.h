@@ -61,8 +61,8 @@ struct DotArgs {
     int64_t ahead_step;
 };
 
-// Gradients of linear layers. Row r is an input, and owns the entries [ptr[r], ptr[r + 1]), whose offsets lead to vectors
-// of the incoming gradient. Rows of `input` and `out` lie one behind the other.
+// Gradients of linear layers. Row r is an input, and owns the entries [ptr[r], ptr[r + 1]), whose offsets lead to
+// vectors of the incoming gradient. Rows of `input` and `out` lie one behind the other.
 //   out[b] = sum_j value[j] * source[offset[j] + b vectors],  sum[j] += sum over b of input[b] * the same vector
 struct PairArgs {
     const char* source;
@@ -154,7 +154,7 @@ struct KernelSet {
     auto tile(int th, int tw, bool shared) const { return (shared ? shared_tiles[th - 1] : tiles[th - 1])[tw - 1]; }
     auto dot(int th, int tw, bool shared) const { return (shared ? shared_dots[th - 1] : dots[th - 1])[tw - 1]; }
     static constexpr int max_pair = 8;  // vectors of a row
-    int most_pairs;                     // of them those that leave registers for the rest; 0: none
+    int most_pairs;                     // of them those that leave registers for the rest
     PairKernel pairs[max_pair];         // [vectors - 1]
     WholeKernel whole[5];
     const WholeKernel* find_whole(int64_t side, int groups) const {

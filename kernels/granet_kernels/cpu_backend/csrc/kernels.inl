@@ -1,7 +1,7 @@
 // The inner loops, compiled once for each instruction set. The including file sets the target and defines, in its own
 // namespace: Vec (a vector of LANES floats at any address), Four (of four), IntVec (as many int32_t as Vec has floats),
-// MAX_TILE, MAX_DOT and MAX_PAIR (vectors in the largest tiles that leave registers for the rest), SHARED (how many rows
-// of four vectors do), and
+// MAX_TILE, MAX_DOT and MAX_PAIR (vectors in the largest tiles that leave registers for the rest), SHARED (how many
+// rows of four vectors do), and
 //   keep(vector): holds it in a register, where compilers would read memory once for each use
 //   transpose(in, stride, rows, columns, out): out[p][i] = in[i * stride + p] for i < rows, p < columns, else 0, or
 //       garbage in columns that do not exist

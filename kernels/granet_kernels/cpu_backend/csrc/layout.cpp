@@ -99,6 +99,7 @@ std::shared_ptr<const Table> make_table(const granet_layout& layout, const Acces
     for (size_t i = 0; i + 1 < next.size(); ++i) next[i] = table->ptr[owner(int64_t(i))] + int32_t(i) % height;
     table->offset.resize(layout.nnz() / height);
     table->position.resize(layout.nnz());
+    if (access.lists_entries) table->entry.reserve(layout.nnz());
     for_each([&](int64_t slot, int64_t source, int64_t o, int64_t c, int32_t tap) {
         const int32_t j = next[slot];
         next[slot] += height;

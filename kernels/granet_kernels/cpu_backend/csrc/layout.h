@@ -24,7 +24,7 @@ struct Access {
     int height = 1;                  // rows that share their entries, see granet_layout::shares_rows
     bool by_tap = false;             // entries of a row are ordered by rank[tap], which row_ptr tells apart
     std::vector<int32_t> rank;
-    bool lists_entries = false;
+    bool lists_entries = false;      // of a kernel of one tap, in one block
 
     bool operator==(const Access& o) const {
         return by_output == o.by_output && phases == o.phases && channel_pitch == o.channel_pitch && block == o.block &&

@@ -1,6 +1,8 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <iterator>
+#include <memory>
 
 #include "caches.h"
 #include "gather.h"
@@ -10,9 +12,9 @@
 namespace granet {
 namespace {
 
-// As many threads share the work without packing a panel twice, if there are images for it.
-constexpr int64_t PANELS = 8;
+constexpr int64_t PANELS = 8;  // at least, if there are images for it: threads share the work and pack none twice
 constexpr int64_t ENOUGH = 4;  // vectors a weight; with fewer, its addresses and sums cost more than its products
+constexpr int64_t PER_WEIGHT = 6, PER_VECTOR = 5;  // the time that these take, measured with AVX-512
 constexpr int64_t ROWS = 128;  // of the input packed at a time: longer runs in memory
 constexpr double PART_OF_SECOND_LEVEL = 0.625;
 
@@ -23,40 +25,37 @@ struct Batch {
     int64_t pitch() const { return groups * lanes * int64_t(sizeof(float)); }  // bytes of a channel
     int64_t together() const { return groups * lanes; }
     int64_t panels() const { return (images + together() - 1) / together(); }
+    int64_t cost() const { return panels() * (PER_WEIGHT + groups * PER_VECTOR); }
 };
 
 // groups: 0 if no panel of enough images stays in the cache.
 Batch batch_of(const KernelSet& k, const granet_conv& c) {
     const int64_t vectors = (c.n + k.lanes - 1) / k.lanes, enough = std::min(ENOUGH, vectors);
-    int64_t most = std::clamp<int64_t>(vectors / PANELS, enough, std::max<int64_t>(enough, k.most_pairs));
+    const int64_t most = std::clamp<int64_t>(vectors / PANELS, enough, std::max<int64_t>(enough, k.most_pairs));
     const auto cache = int64_t(PART_OF_SECOND_LEVEL * double(caches().second));
-    const auto vector = k.lanes * int64_t(sizeof(float));
-    while (most >= enough && most * vector * c.out > cache) --most;
-    return {c.n, k.lanes, most < enough ? 0 : fewest_idle(c.n, k.lanes, int(most))};
+    Batch best{c.n, k.lanes, 0};
+    for (int64_t groups = 1; groups <= most; ++groups) {
+        const Batch batch{c.n, k.lanes, groups};
+        if (batch.pitch() * c.out > cache) break;
+        if (best.groups == 0 || batch.cost() <= best.cost()) best = batch;
+    }
+    if (enough * k.lanes * int64_t(sizeof(float)) * c.out > cache) best.groups = 0;
+    return best;
 }
-
-// Which gradients are wanted, and of what.
-struct Gradients {
-    Images gradient, source;
-    const float* weight;
-    float* dx;  // NULL: not wanted
-    const int64_t* dx_strides;
-    float* dw;  // NULL: not wanted
-};
 
 class LinearPass {
    public:
-    LinearPass(const KernelSet& kernels, granet_layout* layout, const granet_conv& c, const Gradients& operands,
+    LinearPass(const KernelSet& kernels, granet_layout* layout, const granet_conv& c, const Gradients& wanted,
                int threads)
         : batch(batch_of(kernels, c)),
           table(layout->table(access_of(batch, c))),
           k_(kernels),
-          o_(operands),
+          wanted_(wanted),
           outputs_(c.out),
           inputs_(c.in),
-          values_(o_.dx ? table->nnz() * sizeof(float) : 0),
+          values_(wanted_.dx ? table->nnz() * sizeof(float) : 0),
           stream_(goes_past_cache(c.n * c.in)) {
-        if (o_.dx) take_values(*layout, threads);
+        if (wanted_.dx) take_values(*layout, threads);
     }
     size_t panel_bytes() const { return size_t(outputs_ * batch.pitch()); }
     size_t rows_bytes() const { return 2 * size_t(ROWS * batch.pitch()); }  // of the input and of its gradient
@@ -79,10 +78,10 @@ class LinearPass {
         access.lists_entries = true;
         return access;
     }
-    void pack(const Images& images, int64_t first, int64_t channel, int64_t count, ptrdiff_t next, char* to) const;
+    void pack(const Images& images, int64_t first, int64_t channel, int64_t count, char* to) const;
 
     const KernelSet& k_;
-    Gradients o_;
+    Gradients wanted_;
     int64_t outputs_, inputs_;
     Scratch values_;
     bool stream_;
@@ -95,7 +94,7 @@ void LinearPass::take_values(const granet_layout& layout, int threads) {
     parallel_for(threads, threads, [&](int64_t part) {
         const auto begin = int32_t(inputs_ * part / threads), end = int32_t(inputs_ * (part + 1) / threads);
         for (int64_t o = 0; o < outputs_; ++o) {
-            const float* row = o_.weight + o * layout.strides[0];
+            const float* row = wanted_.weight + o * layout.strides[0];
             const int32_t* last = layout.index.data() + layout.ptr[o + 1];
             const int32_t* index = std::lower_bound(layout.index.data() + layout.ptr[o], last, begin);
             const int32_t* entry = table->entry.data() + (index - layout.index.data());
@@ -104,16 +103,15 @@ void LinearPass::take_values(const granet_layout& layout, int threads) {
     });
 }
 
-// `count` channels of the images of a panel, of which the first is `first`. next: as pack_channels has it.
-void LinearPass::pack(const Images& images, int64_t first, int64_t channel, int64_t count, ptrdiff_t next,
-                      char* to) const {
+// `count` channels, from `channel` on, of the images of a panel, from `first` on.
+void LinearPass::pack(const Images& images, int64_t first, int64_t channel, int64_t count, char* to) const {
     const int64_t* s = images.strides;
     for (int64_t group = 0; group < batch.groups; ++group, to += batch.lanes * int64_t(sizeof(float))) {
         const int64_t image = first + group * batch.lanes;
         const int valid = int(std::clamp<int64_t>(images.n - image, 0, batch.lanes));
         const float* from = images.data + (valid ? image * s[0] : 0) + channel * s[1];
         if (s[1] == 1) {
-            k_.pack_channels(from, s[0], valid, count, next, to, batch.pitch());
+            k_.pack_channels(from, s[0], valid, count, 0, to, batch.pitch());
             continue;
         }
         for (int64_t c = 0; c < count; ++c)
@@ -123,9 +121,9 @@ void LinearPass::pack(const Images& images, int64_t first, int64_t channel, int6
 
 void LinearPass::run(int64_t panel, int64_t begin, int64_t end, char* memory, char* rows, float* sums) const {
     const int64_t first = panel * batch.together();
-    pack(o_.gradient, first, 0, outputs_, 0, memory);
+    pack(wanted_.gradient, first, 0, outputs_, memory);
     const PairKernel& kernels = k_.pairs[batch.groups - 1];
-    const auto kernel = !o_.dw ? kernels.tile : !o_.dx ? kernels.dot : kernels.both;
+    const auto kernel = !wanted_.dw ? kernels.tile : !wanted_.dx ? kernels.dot : kernels.both;
     PairArgs args{};
     args.source = memory;
     args.offset = table->offset.data();
@@ -137,19 +135,29 @@ void LinearPass::run(int64_t panel, int64_t begin, int64_t end, char* memory, ch
         const int64_t stop = std::min(row + ROWS, end);
         args.ptr = table->row_ptr(0, 0, row);
         args.rows = stop - row;
-        if (o_.dw) pack(o_.source, first, row, stop - row, 0, rows);
+        if (wanted_.dw) pack(wanted_.source, first, row, stop - row, rows);
         kernel(args);
+        if (!wanted_.dx) continue;
         const Region region{first, 0, 0, 1, 1, batch.groups, batch.lanes * int64_t(sizeof(float))};
-        if (o_.dx) unpack(k_, args.out, region, row, stop, o_.dx, o_.dx_strides, batch.images, 1, 1, stream_);
+        unpack(k_, args.out, region, row, stop, wanted_.dx, wanted_.dx_strides, batch.images, 1, 1, stream_);
     }
-    if (o_.dx) k_.fence();
+    k_.fence();
+}
+
+}  // namespace
+
+bool linear_applies(const KernelSet& k, granet_layout* layout, const granet_conv& c) {
+    const int64_t sides[] = {c.h, c.w, c.out_h, c.out_w, c.kh, c.kw};
+    const bool is_linear = std::all_of(std::begin(sides), std::end(sides), [](int64_t side) { return side == 1; });
+    return is_linear && c.pad_h == 0 && c.pad_w == 0 && c.n > 0 && layout->nnz() > 0 &&
+           !layout->shares_rows(false, k.shared_rows) && batch_of(k, c).groups > 0;
 }
 
 // Cuts the images as the sums are, whichever gradients are wanted.
-int run(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Gradients& operands, int threads) {
-    const LinearPass pass(k, layout, c, operands, threads);
+int run_linear(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Gradients& wanted, int threads) {
+    const LinearPass pass(k, layout, c, wanted, threads);
     const int64_t panels = pass.batch.panels();
-    if (!operands.dw) {
+    if (!wanted.dw) {
         const int64_t splits = row_splits(panels, c.out, c.in, pass.table->nnz(), threads);
         const ThreadScratch scratch(threads, panels * splits, pass.panel_bytes(), pass.rows_bytes());
         parallel_for(threads, panels * splits, [&](int64_t item) {
@@ -161,38 +169,15 @@ int run(const KernelSet& k, granet_layout* layout, const granet_conv& c, const G
         return GRANET_OK;
     }
     Cut cut = cut_of(*layout, panels, threads);
-    cut.splits = std::min(cut.splits, c.in);
+    cut.splits = std::min((threads + cut.chunks - 1) / cut.chunks, c.in);  // of the inputs, not of the outputs
     const ThreadScratch scratch(threads, cut.items(), pass.panel_bytes(), pass.rows_bytes());
-    sum_chunks(k, *layout, *pass.table, cut, operands.dw, threads,
+    sum_chunks(k, *layout, *pass.table, cut, wanted.dw, threads,
                [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float* sums) {
                    const ThreadScratch::Lease lease(scratch);
                    for (int64_t panel = begin; panel < end; ++panel)
                        pass.run(panel, row_begin, row_end, lease.first(), lease.second(), sums);
                });
     return GRANET_OK;
-}
-
-}  // namespace
-
-bool linear_applies(const KernelSet& k, granet_layout* layout, const granet_conv& c) {
-    return k.most_pairs > 0 && c.n > 0 && c.h * c.w * c.out_h * c.out_w * c.kh * c.kw == 1 && layout->nnz() > 0 &&
-           !layout->shares_rows(false, k.shared_rows) && batch_of(k, c).groups > 0;
-}
-
-int dgrad_linear(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
-                 const float* weight, float* dx, const int64_t dx_strides[4], int threads) {
-    return run(k, layout, c, {gradient, {}, weight, dx, dx_strides, nullptr}, threads);
-}
-
-int wgrad_linear(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
-                 const Images& source, float* dw, int threads) {
-    return run(k, layout, c, {gradient, source, nullptr, nullptr, nullptr, dw}, threads);
-}
-
-int backward_linear(const KernelSet& k, granet_layout* layout, const granet_conv& c, const Images& gradient,
-                    const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
-                    int threads) {
-    return run(k, layout, c, {gradient, source, weight, dx, dx_strides, dw}, threads);
 }
 
 }  // namespace granet

@@ -6,18 +6,12 @@
 
 namespace granet {
 
-// Whether the gradients of a convolution are computed so: it is a linear layer, and a part of the incoming gradient fits
-// in the second-level cache. Either gradient has the same bits alone as together with the other.
+// Whether the gradients of a convolution are computed so: it is a linear layer with weights and images, its inputs do
+// not share their rows, and a part of the incoming gradient fits in the second-level cache.
 bool linear_applies(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv);
 
-int dgrad_linear(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
-                 const float* weight, float* dx, const int64_t dx_strides[4], int threads);
-
-int wgrad_linear(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
-                 const Images& source, float* dw, int threads);
-
-int backward_linear(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Images& gradient,
-                    const Images& source, const float* weight, float* dx, const int64_t dx_strides[4], float* dw,
-                    int threads);
+// Either gradient has the same bits alone as together with the other.
+int run_linear(const KernelSet& kernels, granet_layout* layout, const granet_conv& conv, const Gradients& wanted,
+               int threads);
 
 }  // namespace granet

@@ -30,7 +30,7 @@ Access near_access(const KernelSet& k, const NearPanel& panel, const granet_conv
     }
     const int64_t tile = kernel.height * panel.row(), footprint = panel.planes() * tile + 2 * panel.row();
     const double density = layout.density() * WHOLE_TAPS;  // of all taps of a channel
-    access.block = block_of(footprint, tile, by_output ? c.in : c.out, density, false);
+    access.block = block_of(footprint, tile, by_output ? c.in : c.out, density, Taps::together);
     return access;
 }
 

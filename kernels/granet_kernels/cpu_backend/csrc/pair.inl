@@ -64,6 +64,7 @@ void pair(const PairArgs& args) {
 
 template <int TW = MAX_PAIR>
 void fill_pairs(KernelSet& set) {
+    static_assert(TW <= KernelSet::max_pair);
     if constexpr (TW > 0) {
         set.pairs[TW - 1] = {pair<TW, true, false>, pair<TW, false, true>, pair<TW, true, true>};
         fill_pairs<TW - 1>(set);

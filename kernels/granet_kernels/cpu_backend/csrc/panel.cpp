@@ -21,6 +21,20 @@ void set_range(Axis& axis) {
     axis.high = *std::max_element(axis.shift.begin(), axis.shift.end());
 }
 
+// The number of groups, at most `most`, that leaves the fewest lanes without an image; of equal ones the largest.
+int fewest_idle(int64_t images, int64_t lanes, int most) {
+    int best = 1;
+    int64_t least = -1;
+    for (int groups = 1; groups <= most; ++groups) {
+        const int64_t size = groups * lanes, total = (images + size - 1) / size * size;
+        if (least < 0 || total <= least) {
+            best = groups;
+            least = total;
+        }
+    }
+    return best;
+}
+
 // Stores run along a row: a tile of several rows has whole ones.
 int tile_height(int64_t rows, int tw, bool whole_rows, int largest) {
     if (!whole_rows) return 1;
@@ -36,19 +50,6 @@ bool keeps_size(const Axis& axis) {
 }
 
 }  // namespace
-
-int fewest_idle(int64_t images, int64_t lanes, int most) {
-    int best = 1;
-    int64_t least = -1;
-    for (int groups = 1; groups <= most; ++groups) {
-        const int64_t size = groups * lanes, total = (images + size - 1) / size * size;
-        if (least < 0 || total <= least) {
-            best = groups;
-            least = total;
-        }
-    }
-    return best;
-}
 
 Axis forward_axis(int64_t source, int64_t target, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
     if (target == 1) stride = 1;  // one pixel never steps

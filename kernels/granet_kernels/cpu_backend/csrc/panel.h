@@ -59,9 +59,6 @@ struct Geometry {
     static constexpr int64_t MAX_PHASES = 1024, MAX_BYTES = int64_t(64) << 20;
 };
 
-// The number of groups, at most `most`, that leaves the fewest lanes without an image; of equal ones the largest.
-int fewest_idle(int64_t images, int64_t lanes, int most);
-
 // The widest tile within a row of `vectors`, `largest` at most, that cuts the row into equal parts if it can.
 int tile_width(int64_t vectors, int largest);
 
@@ -78,6 +75,15 @@ struct Images {
     const float* data;
     const int64_t* strides;  // n, c, h, w in floats
     int64_t n;
+};
+
+// Which gradients of a layer are wanted, and of what.
+struct Gradients {
+    Images gradient, source;  // incoming; the layer's input, for dw
+    const float* weight;      // for dx
+    float* dx;                // NULL: not wanted
+    const int64_t* dx_strides;
+    float* dw;                // NULL: not wanted
 };
 
 inline const char* at(const float* data, int64_t floats) { return reinterpret_cast<const char*>(data + floats); }

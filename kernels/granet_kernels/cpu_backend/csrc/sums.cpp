@@ -71,7 +71,7 @@ void write_gradient(const KernelSet& k, const Sums& sums, const granet_layout& l
         });
         return;
     }
-    if (!sums.table.access.by_output && sums.chunks > 1) join_chunks(sums, threads);
+    if (sums.table.access.lists_entries && sums.chunks > 1) join_chunks(sums, threads);
     const int64_t height = sums.table.access.height;
     const int64_t together = std::max<int64_t>(1, (1 << 13) / row / height) * height;  // output channels
     const bool lines = row % k.lanes == 0 && uintptr_t(dw) % (k.lanes * sizeof(float)) == 0;  // in every piece
@@ -82,7 +82,7 @@ void write_gradient(const KernelSet& k, const Sums& sums, const granet_layout& l
         const int64_t begin = i * together, end = std::min(outputs, begin + together), count = (end - begin) * row;
         const auto fill = [&](float* to) {
             std::memset(to, 0, count * sizeof(float));
-            if (!sums.table.access.by_output) return scatter_listed(sums, layout, begin, end, to);
+            if (sums.table.access.lists_entries) return scatter_listed(sums, layout, begin, end, to);
             for (int64_t block = 0; block < sums.table.blocks; ++block) {
                 const int32_t* ptr = sums.table.row_ptr(0, block, begin);
                 scatter(sums, *ptr, *sums.table.row_ptr(0, block, end), to, begin * row);

@@ -35,7 +35,8 @@ int wgrad(const KernelSet& k, granet_layout* layout, const granet_conv& c, const
         clear(dw, c.out * c.in * c.kh * c.kw, threads);
         return GRANET_OK;
     }
-    if (linear_applies(k, layout, c)) return wgrad_linear(k, layout, c, gradient, source, dw, threads);
+    if (linear_applies(k, layout, c))
+        return run_linear(k, layout, c, {gradient, source, nullptr, nullptr, nullptr, dw}, threads);
     if (near_applies(k, *layout, c, source.strides, gradient.strides))
         return wgrad_near(k, layout, c, gradient, source, dw, threads);
     if (direct_applies(k, c, source.strides, gradient.strides))
