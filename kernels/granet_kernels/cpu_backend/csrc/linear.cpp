@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t PANELS = 8;  // at least, if there are images for it: threads share the work and pack none twice
 constexpr int64_t ENOUGH = 4;  // vectors a weight; with fewer, its addresses and sums cost more than its products
-constexpr int64_t PER_WEIGHT = 6, PER_VECTOR = 5;  // the time that these take, measured with AVX-512
 constexpr int64_t ROWS = 128;  // of the input packed at a time: longer runs in memory
 constexpr double PART_OF_SECOND_LEVEL = 0.625;
 
@@ -25,22 +24,15 @@ struct Batch {
     int64_t pitch() const { return groups * lanes * int64_t(sizeof(float)); }  // bytes of a channel
     int64_t together() const { return groups * lanes; }
     int64_t panels() const { return (images + together() - 1) / together(); }
-    int64_t cost() const { return panels() * (PER_WEIGHT + groups * PER_VECTOR); }
 };
 
 // groups: 0 if no panel of enough images stays in the cache.
 Batch batch_of(const KernelSet& k, const granet_conv& c) {
     const int64_t vectors = (c.n + k.lanes - 1) / k.lanes, enough = std::min(ENOUGH, vectors);
-    const int64_t most = std::clamp<int64_t>(vectors / PANELS, enough, std::max<int64_t>(enough, k.most_pairs));
+    const int64_t wanted = std::clamp<int64_t>(vectors / PANELS, enough, std::max<int64_t>(enough, k.most_pairs));
     const auto cache = int64_t(PART_OF_SECOND_LEVEL * double(caches().second));
-    Batch best{c.n, k.lanes, 0};
-    for (int64_t groups = 1; groups <= most; ++groups) {
-        const Batch batch{c.n, k.lanes, groups};
-        if (batch.pitch() * c.out > cache) break;
-        if (best.groups == 0 || batch.cost() <= best.cost()) best = batch;
-    }
-    if (enough * k.lanes * int64_t(sizeof(float)) * c.out > cache) best.groups = 0;
-    return best;
+    const int64_t most = std::min(wanted, cache / (c.out * k.lanes * int64_t(sizeof(float))));
+    return {c.n, k.lanes, most < enough ? 0 : cheapest_groups(c.n, k.lanes, 1, int(most))};
 }
 
 class LinearPass {

@@ -12,6 +12,7 @@ constexpr int64_t ONE_TAP_TILE = 4;
 // AVX-512 at densities of .02 and .05, and worse at .1.
 constexpr int64_t SPARSE_ONE_TAP_BYTES = 128;
 constexpr double SPARSE_ONE_TAP = 0.07;
+constexpr int64_t PER_WEIGHT = 6, PER_VECTOR = 5;  // the time of a weight in a panel, and of each of its vectors
 constexpr int64_t MAX_PANEL = int64_t(16) << 20;  // bytes; larger ones are cut into bands
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -50,6 +51,20 @@ bool keeps_size(const Axis& axis) {
 }
 
 }  // namespace
+
+int cheapest_groups(int64_t images, int64_t lanes, int64_t pixels, int most) {
+    int best = 1;
+    int64_t least = -1;
+    for (int groups = 1; groups <= most; ++groups) {
+        const int64_t panels = (images + groups * lanes - 1) / (groups * lanes);
+        const int64_t cost = panels * (PER_WEIGHT + groups * pixels * PER_VECTOR);
+        if (least < 0 || cost <= least) {
+            best = groups;
+            least = cost;
+        }
+    }
+    return best;
+}
 
 Axis forward_axis(int64_t source, int64_t target, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
     if (target == 1) stride = 1;  // one pixel never steps
@@ -104,8 +119,10 @@ Geometry make_geometry(const Axis& y, const Axis& x, int64_t images, int64_t cha
     const int64_t of_one_tap = std::min(ONE_TAP_TILE, sparse ? SPARSE_ONE_TAP_BYTES / vector : ONE_TAP_TILE);
     const int64_t widest = std::min<int64_t>(largest, one_tap ? of_one_tap : 16);
     // Phases of a strided target lie interleaved, which leaves no place for groups.
-    if (x.target_phases == 1 && y.target_phases == 1 && pixels < largest)
-        g.groups = fewest_idle(images, g.lanes(), int(std::max<int64_t>(1, widest / pixels)));
+    if (x.target_phases == 1 && y.target_phases == 1 && pixels < largest) {
+        const int most = int(std::max<int64_t>(1, widest / pixels));
+        g.groups = one_tap ? cheapest_groups(images, g.lanes(), pixels, most) : fewest_idle(images, g.lanes(), most);
+    }
     if (keeps_size(y) && keeps_size(x) && y.source == x.source) {
         const WholeKernel* whole = kernels.find_whole(y.source, g.groups);
         if (whole && (use == Use::tiles ? whole->tile != nullptr : whole->dot != nullptr)) {

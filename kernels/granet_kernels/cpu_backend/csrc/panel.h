@@ -59,6 +59,10 @@ struct Geometry {
     static constexpr int64_t MAX_PHASES = 1024, MAX_BYTES = int64_t(64) << 20;
 };
 
+// How many vectors of images to put side by side, of `pixels` pixels each, `most` at most, for a kernel of one tap: the
+// fewest idle lanes are not the least work, since each panel takes every weight's address anew.
+int cheapest_groups(int64_t images, int64_t lanes, int64_t pixels, int most);
+
 // The widest tile within a row of `vectors`, `largest` at most, that cuts the row into equal parts if it can.
 int tile_width(int64_t vectors, int largest);
 
