@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from granet_kernels import plain
+from granet_kernels import plain, settled
 from granet_kernels.checks import check_operands
 from granet_kernels.eager import is_eager
 from granet_kernels.op import Op
@@ -71,7 +71,7 @@ def conv2d(
         ValueError: a shape, dtype, device or number does not fit.
     Source: the dense gradient of a sparse layer as in RigL, arXiv:1911.11134; GraNet, arXiv:2106.10404.
     """
-    y = plain.conv2d_again(x, weight, mask, bias, (stride, padding, dilation, groups), dense_wgrad)
+    y = _conv2d_again(x, weight, mask, bias, (stride, padding, dilation, groups), dense_wgrad)
     if y is not None:
         return y
     check_operands("conv2d", x, weight, mask, bias, dense_wgrad)
@@ -95,6 +95,24 @@ def conv2d(
     if y is None:
         y = conv2d_op.run(eager, *operands)
     return y
+
+
+def _conv2d_again(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, Any, Any, Any],
+    dense_wgrad: Tensor | None,
+) -> Tensor | None:
+    """`conv2d` of operands that nobody has looked at, or None if the last call was not like this one."""
+    found = settled.find(x, weight, mask, bias, dense_wgrad, geometry)
+    if found is None:
+        return None
+    if found.by_op:
+        y: Tensor | None = conv2d_op.again(found, x, weight, mask, bias, *geometry, dense_wgrad)
+        return y
+    return plain.conv2d_again(found, x, weight, mask, bias, geometry, dense_wgrad)
 
 
 def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:
@@ -188,7 +206,8 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
     x_grad = w_grad = bias_grad = None
     if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
-        x_grad, w_grad = conv2d_op.gradients(grad, x, weight, mask, *ctx.geometry, ctx.dense_wgrad) or (None, None)
+        operands = grad, x, weight, mask, *ctx.geometry, ctx.dense_wgrad
+        x_grad, w_grad = conv2d_op.gradients(*operands, settled=getattr(ctx, "settled", None)) or (None, None)
     if ctx.needs_input_grad[0] and x_grad is None:
         x_grad = conv2d_dgrad_op(grad, weight, mask, ctx.x_shape, *ctx.geometry, ctx.dense_wgrad)
     if ctx.needs_input_grad[1] and w_grad is None:

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+
+# By their own names: looked up one in another, they take several times as long where the caches hold something else.
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
@@ -20,18 +24,23 @@ def is_eager(*operands: Any) -> bool:
     """Whether none of these is at work: compile, export, jit.trace, torch.func, forward-mode derivatives, a mode that
     sees every op, or an operand that is no plain tensor or number (a subclass of Tensor, a proxy, a symbol, the
     gradients that torch.autograd.grad(is_grads_batched=True) hands to backward passes)."""
+    return not torch.compiler.is_compiling() and is_eager_code(*operands)
+
+
+def is_eager_code(*operands: Any) -> bool:
+    """`is_eager` for callers that know that nothing is being compiled."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
+        _get_tracing_state() is not None
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack() > 0
     ):
         return False
     for operand in operands:
         if type(operand) in _TENSORS:
-            # Memory holds the negated values, or there is none: the dispatcher's work.
-            if operand.is_neg() or torch._C._functorch.is_legacy_batchedtensor(operand):
+            # Memory holds the negated values, or there is none: the dispatcher's work. (What a transform has wrapped is
+            # so still when it is over.)
+            if operand.is_neg() or is_legacy_batchedtensor(operand) or is_functorch_wrapped_tensor(operand):
                 return False
         elif type(operand) not in _PLAIN:
             return False

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, _profiler_enabled
 
 from granet_kernels.eager import is_eager
 from granet_kernels.layout import through_dispatcher
@@ -38,7 +38,9 @@ class Op:
         self.reference = reference
         self._name = name.replace("::", "_")
         self._kernels: dict[str, Callable[..., Any]] = {"cpu": reference, "cuda": reference}
-        self._function: type[Function] | None = None
+        self._function: Callable[..., Any] | None = None
+        self._settling: Callable[..., Any] | None = None
+        self._function_again: Callable[..., Any] | None = None
         self._gradients: dict[str, tuple[Callable[..., Any], list[tuple[Op, Callable[..., Any]]]]] = {}
 
     def __call__(self, *operands: Any) -> Any:
@@ -46,23 +48,37 @@ class Op:
 
     def run(self, eager: bool, *operands: Any) -> Any:
         """A call whose caller knows what `is_eager` says of its operands."""
-        if not eager or torch.autograd._profiler_enabled():
+        if not eager or _profiler_enabled():
             _refuse_jvp(self._name)
             return self._op(*operands)
         if self._function is None or not torch.is_grad_enabled():
             return self.kernel(operands[0].device.type)(*operands)
-        return self._function.apply(*operands)
+        return self._function(*operands)
+
+    def again(self, settled: Any, *operands: Any) -> Any:
+        """A call like one before, on a CPU, of which `settled` remembers what was found; None where it is for `run`."""
+        kernel = self._settling
+        if kernel is None or kernel is not self._kernels["cpu"] or _profiler_enabled():
+            return None
+        if self._function_again is None or not torch.is_grad_enabled():
+            return kernel(*operands, settled)
+        return self._function_again(*operands, settled)
 
     def kernel(self, device: str) -> Callable[..., Any]:
         """What computes it on devices of a type; the op itself on those that nothing is known of."""
         return self._kernels.get(device, self._op)
 
-    def register_kernel(self, device: str) -> Callable[[Kernel], Kernel]:
-        """Decorates what computes it on devices of a type: "cpu" or "cuda"."""
+    def register_kernel(self, device: str, settling: bool = False) -> Callable[[Kernel], Kernel]:
+        """Decorates what computes it on devices of a type: "cpu" or "cuda".
+
+        settling: whether it takes, after the operands, what is remembered of a call like this one, for `again`.
+        """
 
         def register(kernel: Kernel) -> Kernel:
             self._op.register_kernel(device)(_dispatched(kernel))
             self._kernels[device] = kernel
+            if settling:
+                self._settling = kernel
             return kernel
 
         return register
@@ -77,17 +93,22 @@ class Op:
 
         return register
 
-    def gradients(self, *operands: Any) -> Any:
+    def gradients(self, *operands: Any, settled: Any = None) -> Any:
         """Several of its gradients in one call, or None where each is for an op of its own.
 
         Ops have to be called where gradients are differentiated again, or something looks at ops.
+
+        Args:
+            *operands: the incoming gradient first, then what the forward pass has saved.
+            settled: what the forward pass got, if it was that of `again`.
         """
-        device = operands[0].device.type
-        if device not in self._gradients or torch.is_grad_enabled() or not is_eager(*operands):
+        # Then all but the incoming gradient has been looked at.
+        device, unknown = ("cpu", operands[:1]) if settled is not None else (operands[0].device.type, operands)
+        if device not in self._gradients or torch.is_grad_enabled() or not is_eager(*unknown):
             return None
         function, kernels = self._gradients[device]
         replaced = any(op.kernel(device) is not kernel for op, kernel in kernels)
-        return None if replaced or torch.autograd._profiler_enabled() else function(*operands)
+        return None if replaced or _profiler_enabled() else function(*operands, settled)
 
     @contextmanager
     def computed_by(self, device: str, kernel: Callable[..., Any]) -> Iterator[None]:
@@ -108,6 +129,7 @@ class Op:
         """Its derivative, as ``torch.library.register_autograd`` takes it."""
         self._op.register_autograd(backward, setup_context=setup_context)
         self._function = _function(self, self._name, backward, setup_context)
+        self._function_again = _function_again(self, self._name, backward, setup_context)
 
 
 def _refuse_jvp(name: str) -> None:
@@ -130,7 +152,9 @@ def _dispatched(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _function(op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> type[Function]:
+def _function(
+    op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
     """The autograd Function of an op."""
 
     def forward(ctx: Any, *operands: Any) -> Any:
@@ -138,4 +162,26 @@ def _function(op: Op, name: str, backward: Callable[..., Any], setup_context: Ca
         setup_context(ctx, operands, results)
         return results
 
-    return type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    return _apply(name, forward, backward)
+
+
+def _function_again(
+    op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """The autograd Function of an op for `Op.again`, with what is remembered after the operands."""
+
+    def forward(ctx: Any, *operands_and_settled: Any) -> Any:
+        *operands, ctx.settled = operands_and_settled
+        assert op._settling is not None
+        results = op._settling(*operands_and_settled)
+        setup_context(ctx, operands, results)
+        return results
+
+    return _apply(f"{name}_again", forward, lambda ctx, *grads: (*backward(ctx, *grads), None))
+
+
+def _apply(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    function = type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    # Function.apply would look for transforms and default arguments first, of which `is_eager` knows there are none.
+    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
+    return apply

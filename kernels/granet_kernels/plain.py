@@ -36,16 +36,15 @@ def linear(
 
 
 def linear_again(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None
-) -> Tensor | None:
-    """granet_kernels.linear of operands that nobody has looked at, or None if the last call was not like this one."""
-    found = settled.find(x, weight, mask, bias, dense_wgrad)
-    if found is None:
-        return None
-    effective = _weight_again(found, weight, mask, dense_wgrad)
-    if x.dim() == 2:
-        return F.linear(x, effective, bias)
-    return F.linear(as_rows(x), effective, bias).reshape(*x.shape[:-1], weight.shape[0])
+    found: settled.Settled,
+    rows: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_wgrad: Tensor | None,
+) -> Tensor:
+    """granet_kernels.linear of operands that `found` covers."""
+    return F.linear(rows, _weight_again(found, weight, mask, dense_wgrad), bias)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -76,17 +75,15 @@ def conv2d(
 
 
 def conv2d_again(
+    found: settled.Settled,
     x: Tensor,
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
     geometry: tuple[Any, Any, Any, Any],
     dense_wgrad: Tensor | None,
-) -> Tensor | None:
-    """granet_kernels.conv2d of operands that nobody has looked at, or None if the last call was not like this one."""
-    found = settled.find(x, weight, mask, bias, dense_wgrad, geometry)
-    if found is None:
-        return None
+) -> Tensor:
+    """granet_kernels.conv2d of operands that `found` covers."""
     effective = _weight_again(found, weight, mask, dense_wgrad)
     return formats.conv2d(found.call, x, effective, bias, geometry).contiguous(memory_format=image_format(x, weight))
 
@@ -162,36 +159,48 @@ def _weight(
     if not is_cpu:
         return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
     settled.forget(mask)
-    # What is saved here and by the op differs, and a measured plan takes turns.
-    if plan.mode() == plan.NATIVE or packs_saved_tensors():
+    if packs_saved_tensors():  # what is saved here and by the op differs, and a measured plan takes turns
         return None
     layout = layout_of(mask)
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
-    if not full and layout.numel > _MOST_OF_CONV2D and op == "conv2d":
-        return None
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
-    needed: dict[str, plan.Site] = {}
+    sites = _sites(call, x, weight)
     certain = full and mask.numel() > _MOST_FAN_IN * mask.shape[0]
-    if call is not None:
-        needed = {"forward": call.site}
-        needed |= {"dgrad": call.partners["dgrad"]} if x.requires_grad else {}
-        needed |= {"wgrad": call.partners["wgrad"]} if weight.requires_grad else {}
-        if not certain and not plan.agrees_on_dense(tuple(needed.values()), layout):
-            return None
+
+    def remember(asked: Sequence[plan.Site], by_op: bool) -> None:
+        if weight.is_leaf and not mask.is_inference():
+            operands = x if given is None else given, weight, mask, bias, dense_wgrad, geometry
+            settled.keep(mask, settled.Settled(*operands, layout, asked, call, full, by_op))
+
+    always_by_op = plan.mode() == plan.NATIVE or (op == "conv2d" and not full and layout.numel > _MOST_OF_CONV2D)
+    if always_by_op or (call is not None and not certain and not plan.agrees_on_dense(tuple(sites.values()), layout)):
+        if call is not None:
+            remember(() if always_by_op else tuple(sites.values()), by_op=True)
+        return None
     unchanged = full or dense.is_zero_off(weight, mask)  # reads all of it: not before it is known to be of use
     if not unchanged and layout.numel > _MOST_MASKED:
         return None
-    for direction, site in needed.items():
+    for direction, site in sites.items():
         plan.note(site, direction, layout, plan.DENSE)
-    if unchanged and weight.is_leaf and not mask.is_inference():
-        sites = () if certain else tuple(needed.values())
-        operands = x if given is None else given, weight, mask, bias, dense_wgrad, geometry
-        settled.keep(mask, settled.Settled(*operands, layout, sites, call, full))
+    if unchanged:
+        remember(() if certain else tuple(sites.values()), by_op=False)
     if full:
         return weight, call
     if unchanged:
         return _with_masked_gradient(weight, mask, dense_wgrad), call
     return _Masked.apply(weight, mask, dense_wgrad), call
+
+
+def _sites(call: Call | None, x: Tensor, weight: Tensor) -> dict[str, plan.Site]:
+    """The sites of the plan that a layer needs, by direction; none where it has no choice."""
+    if call is None:
+        return {}
+    needed = {"forward": call.site}
+    if x.requires_grad:
+        needed["dgrad"] = call.partners["dgrad"]
+    if weight.requires_grad:
+        needed["wgrad"] = call.partners["wgrad"]
+    return needed
 
 
 def _weight_on_gpu(

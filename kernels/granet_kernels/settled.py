@@ -1,7 +1,8 @@
-"""Calls that went past the ops, remembered: one that is like the last with its mask goes the same way at once.
+"""Calls remembered: one that is like the last with its mask goes the same way at once, by an op or past it.
 
 A layer of a small network is over in some tens of microseconds. To look at its operands, its layout and the plan takes
-as long, and says the same in almost every step.
+as long, and says the same in almost every step. Large layers leave nothing of that in the caches, and it takes several
+times as long there.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from granet_kernels import plan
 from granet_kernels.cpu_backend import dense, library
 from granet_kernels.cpu_backend.calls import Call
-from granet_kernels.eager import is_eager, packs_saved_tensors
+from granet_kernels.eager import is_eager_code, packs_saved_tensors
 from granet_kernels.layout import SparseLayout
 
 _by_mask: dict[int, Settled] = {}  # by id
@@ -28,24 +29,27 @@ class Settled:
     Args:
         x, weight, mask, bias, dense_wgrad, geometry: of that call, as the caller gave them, on a CPU.
         layout: of the mask.
-        sites: of the plan, to be asked again; none where it has no choice.
+        sites: of the plan, to be asked again whether they agree on dense code; none where that is certain.
         call: what was found for the operands.
-        full: whether the mask keeps everything. If not, the weight was zero off the mask.
+        full: whether the mask keeps everything.
+        by_op: whether it went through the op. If not, torch's own layer took the weight, which was zero off the mask.
 
     Attributes:
-        call, full: as given.
+        layout, call, full, by_op: as given.
     """
 
     __slots__ = (
         "_bias",
         "_dense_wgrad",
-        "_layout",
         "_mask",
+        "_mode",
         "_sites",
         "_traits",
         "_weight",
+        "by_op",
         "call",
         "full",
+        "layout",
     )
 
     def __init__(
@@ -60,6 +64,7 @@ class Settled:
         sites: Sequence[plan.Site],
         call: Call | None,
         full: bool,
+        by_op: bool,
     ) -> None:
         key = id(mask)
         self._mask = weakref.ref(mask, lambda _: _by_mask.pop(key, None))
@@ -67,8 +72,9 @@ class Settled:
         self._bias = None if bias is None else weakref.ref(bias)
         self._dense_wgrad = dense_wgrad
         self._traits = _traits(x, weight, mask, bias, geometry)
-        self._layout, self._sites = layout, sites
-        self.call, self.full = call, full
+        self._mode = plan.mode()
+        self._sites = sites
+        self.layout, self.call, self.full, self.by_op = layout, call, full, by_op
 
     def covers(
         self,
@@ -79,20 +85,24 @@ class Settled:
         dense_wgrad: Tensor | None,
         geometry: Sequence[Any],
     ) -> bool:
-        """Whether this call is like the one remembered, and the plan, which counts it, still says the same."""
+        """Whether this call is like the one remembered, and the plan, which counts it, still says the same.
+
+        For callers that know that nothing is being compiled.
+        """
         return (
             self._mask() is mask
             and self._weight() is weight
             and (bias is None if self._bias is None else self._bias() is bias)
             and dense_wgrad is self._dense_wgrad
             and isinstance(x, Tensor)
-            and is_eager(x)
+            and is_eager_code(x)
             and _traits(x, weight, mask, bias, geometry) == self._traits
-            and not torch.is_autocast_enabled("cpu")
+            and not is_autocast_enabled("cpu")
             and not packs_saved_tensors()
-            and plan.mode() != plan.NATIVE
-            and (self.full or dense.is_zero_off(weight, mask))
-            and (not self._sites or plan.agrees_on_dense(self._sites, self._layout))
+            and plan.mode() == self._mode
+            and (self.call is None or self.call.supported)
+            and (self.by_op or self.full or dense.is_zero_off(weight, mask))
+            and (not self._sites or plan.agrees_on_dense(self._sites, self.layout) != self.by_op)
         )
 
 

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import granet_kernels
-from granet_kernels import plan
+from granet_kernels import linear, plan
 from granet_kernels.conv2d import conv2d_dgrad_op, conv2d_op, conv2d_wgrad_op
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
 from granet_kernels.norm import norm_op
@@ -196,6 +196,17 @@ def test_batches_of_gradients(name, mode):
         each = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
     for together, alone in zip(batch, zip(*each, strict=True), strict=True):
         torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_what_a_transform_has_left_behind():
+    """torch.func wraps tensors, and one that outlives its transform stays wrapped."""
+    kept = []
+    torch.func.grad(lambda x: kept.append(x * 1) or x.sum())(torch.randn(9, 33))
+    mask = torch.rand(17, 33) < 0.5
+    weight = torch.randn(17, 33).where(mask, 0)
+    with plan.use("native"):
+        for _ in range(2):
+            torch.testing.assert_close(linear(kept[0], weight, mask), kept[0] @ weight.t())
 
 
 def test_another_kernel_for_a_while():

@@ -1,4 +1,4 @@
-"""A call like the last one goes past the ops without being looked at, and one that differs does not."""
+"""A call like the last one goes its way, past the ops or by them, and is not looked at; one that differs is."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="no native librar
 LINEAR = import_module("granet_kernels.linear")  # the function of the same name hides it
 
 
-@pytest.fixture(autouse=True)
-def _densely():
-    with plan.use("dense"):
-        yield
+@pytest.fixture(autouse=True, params=["dense", "native"])
+def way(request):
+    """Past the ops, and by them."""
+    with plan.use(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -78,12 +79,12 @@ def test_the_same_bits_without_a_look(density, random_mask, looks):
 
 
 @pytest.mark.parametrize("shape", [(33,), (2, 3, 33), (0, 5, 33)], ids=str)
-def test_any_number_of_dimensions(shape, random_mask, looks):
+def test_any_number_of_dimensions(shape, random_mask, looks, way):
     mask = random_mask((17, 33), 0.6)
     x, weight, bias = operands(mask, shape)
     first = results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias)
     again = results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias)
-    assert len(looks) == 1
+    assert len(looks) == (2 if way == "native" and 0 in shape else 1)  # which is not for the library
     assert again[0].shape == (*shape[:-1], 17)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     check(again, expected(x, weight, bias, mask))
@@ -141,14 +142,14 @@ CHANGES = (
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("density", [0.6, 1.0])
-def test_what_differs_is_looked_at(density, change, random_mask, looks):
+def test_what_differs_is_looked_at(density, change, random_mask, looks, way):
     mask = random_mask((17, 33), density)
     x, weight, bias = operands(mask)
     linear(x, weight, mask, bias)
     x, weight, bias = change(x, weight, bias, mask)
     check(results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias), expected(x, weight, bias, mask))
-    off_a_full_mask = change is weight_off_the_mask and density == 1.0
-    assert len(looks) == (1 if off_a_full_mask else 2)
+    is_masked_anyway = change is weight_off_the_mask and (density == 1.0 or way == "native")
+    assert len(looks) == (1 if is_masked_anyway else 2)
 
 
 def test_what_does_not_fit_is_refused(random_mask):
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_refused(random_mask):
 
 @pytest.mark.parametrize(
     "around",
-    [lambda: torch.autocast("cpu", torch.bfloat16), lambda: plan.use("native")],
+    [lambda: torch.autocast("cpu", torch.bfloat16), lambda: plan.use("rule")],
     ids=["autocast", "another plan"],
 )
 def test_the_state_of_the_process_counts(around, random_mask, looks):
@@ -204,6 +205,30 @@ def test_transforms_see_the_op(random_mask, monkeypatch):
     assert len(calls) == 1
     compiled = torch.compile(lambda x: linear(x, weight, mask, bias), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), y)
+
+
+def test_whoever_watches_sees_the_op(random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    with plan.use("native"):
+        y = linear(x, weight, mask, bias)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            linear(x, weight, mask, bias)
+        assert "granet::linear" in {event.name for event in profiler.events()}
+        with LINEAR.linear_op.computed_by("cpu", lambda *operands: torch.zeros(9, 17)):
+            assert linear(x, weight, mask, bias).count_nonzero() == 0
+        torch.testing.assert_close(linear(x, weight, mask, bias), y)
+
+
+def test_no_gradients_are_prepared_for_nothing(random_mask, looks):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    y = linear(x, weight, mask, bias)
+    with torch.no_grad():
+        again = linear(x, weight, mask, bias)
+    assert len(looks) == 1
+    assert torch.equal(again, y)
+    assert not again.requires_grad
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -270,9 +295,9 @@ def test_a_call_through_the_op_ends_it(random_mask, looks):
         for _ in range(64):
             linear(x, weight, mask)
         assert len(looks) == 2  # the first, and the 64th, which takes the op
-        assert id(mask) not in settled._by_mask
+        assert settled._by_mask[id(mask)].by_op
         linear(x, weight, mask)
-        assert id(mask) in settled._by_mask
+        assert not settled._by_mask[id(mask)].by_op
         plan.clear()
 
 

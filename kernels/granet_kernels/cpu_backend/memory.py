@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
+from torch._C import _from_dlpack
 
 from granet_kernels.cpu_backend import library
 
@@ -36,7 +36,7 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     if not tensor:
         raise MemoryError(f"no memory for a result of shape {tuple(shape)}")
     # A tensor of DLPack's is no view and shares nothing: gradients are added to it in place.
-    result: Tensor = from_dlpack(_new_capsule(tensor, _CAPSULE, None))
+    result: Tensor = _from_dlpack(_new_capsule(tensor, _CAPSULE, None))
     return result
 
 

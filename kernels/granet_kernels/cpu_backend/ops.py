@@ -19,19 +19,27 @@ from granet_kernels.cpu_backend import dense, library, memory
 from granet_kernels.cpu_backend.calls import Call, Pair, find_call, find_gradients
 from granet_kernels.layout import SparseLayout, layout_of
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
+from granet_kernels.settled import Settled
 
 _UNSUPPORTED = 2  # the status of the library
 _ONE_WALK = 2  # what granet_conv2d_reads_once says where both gradients share the loads of their products
 
 
-@linear_op.register_kernel("cpu")
-def _linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, dense_wgrad: Tensor | None) -> Tensor:
-    call = find_call("linear", "forward", x, weight, mask, bias)
+@linear_op.register_kernel("cpu", settling=True)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_wgrad: Tensor | None,
+    settled: Settled | None = None,
+) -> Tensor:
+    call = find_call("linear", "forward", x, weight, mask, bias) if settled is None else settled.call
     if call is None:
         return dense.linear(x, weight, mask, bias)
     return _run(
         call,
-        mask,
+        layout_of(mask) if settled is None else settled.layout,
         lambda layout: _forward(call, layout, x, weight, mask, bias),
         lambda full: dense.linear(x, weight, mask, bias, full),
     )
@@ -44,7 +52,7 @@ def _linear_dgrad(grad: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tenso
         return dense.linear_dgrad(grad, weight, mask)
     return _run(
         call,
-        mask,
+        layout_of(mask),
         lambda layout: _dgrad(call, layout, grad, weight, mask),
         lambda full: dense.linear_dgrad(grad, weight, mask, full),
     )
@@ -59,13 +67,13 @@ def _linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, dense_wgrad: Tensor | N
         return dense.linear_wgrad(grad, x, mask)
     return _run(
         call,
-        mask,
+        layout_of(mask),
         lambda layout: _wgrad(call, layout, grad, x, mask),
         lambda full: dense.linear_wgrad(grad, x, mask, full),
     )
 
 
-@conv2d_op.register_kernel("cpu")
+@conv2d_op.register_kernel("cpu", settling=True)
 def _conv2d(
     x: Tensor,
     weight: Tensor,
@@ -76,14 +84,15 @@ def _conv2d(
     dilation: Pair,
     groups: int,
     dense_wgrad: Tensor | None,
+    settled: Settled | None = None,
 ) -> Tensor:
     geometry = stride, padding, dilation, groups
-    call = find_call("conv2d", "forward", x, weight, mask, bias, *geometry)
+    call = find_call("conv2d", "forward", x, weight, mask, bias, *geometry) if settled is None else settled.call
     if call is None:
         return dense.conv2d(x, weight, mask, bias, *geometry)
     return _run(
         call,
-        mask,
+        layout_of(mask) if settled is None else settled.layout,
         lambda layout: _forward(call, layout, x, weight, mask, bias),
         lambda full: dense.conv2d(x, weight, mask, bias, *geometry, full, call),
     )
@@ -107,7 +116,7 @@ def _conv2d_dgrad(
         return dense.conv2d_dgrad(grad, weight, mask, x_shape, *geometry)
     return _run(
         call,
-        mask,
+        layout_of(mask),
         lambda layout: _dgrad(call, layout, grad, weight, mask),
         lambda full: dense.conv2d_dgrad(grad, weight, mask, x_shape, *geometry, full, call),
     )
@@ -132,7 +141,7 @@ def _conv2d_wgrad(
         return dense.conv2d_wgrad(grad, x, mask, *geometry)
     return _run(
         call,
-        mask,
+        layout_of(mask),
         lambda layout: _wgrad(call, layout, grad, x, mask),
         lambda full: dense.conv2d_wgrad(grad, x, mask, *geometry, full, call),
     )
@@ -140,12 +149,14 @@ def _conv2d_wgrad(
 
 @linear_op.register_gradients("cpu", linear_dgrad_op, linear_wgrad_op)
 def _linear_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None, settled: Settled | None
 ) -> tuple[Tensor, Tensor] | None:
     if dense_wgrad is not None and dense_wgrad:
         return None
     calls = find_gradients("linear", grad, x, weight, mask)
-    return None if calls is None else _run_both(*calls, grad, x, weight, mask)
+    if calls is None:
+        return None
+    return _run_both(*calls, layout_of(mask) if settled is None else settled.layout, grad, x, weight, mask)
 
 
 @conv2d_op.register_gradients("cpu", conv2d_dgrad_op, conv2d_wgrad_op)
@@ -159,19 +170,21 @@ def _conv2d_gradients(
     dilation: Pair,
     groups: int,
     dense_wgrad: Tensor | None,
+    settled: Settled | None,
 ) -> tuple[Tensor, Tensor] | None:
     if dense_wgrad is not None and dense_wgrad:
         return None
     calls = find_gradients("conv2d", grad, x, weight, mask, stride, padding, dilation, groups)
-    return None if calls is None else _run_both(*calls, grad, x, weight, mask)
+    if calls is None:
+        return None
+    return _run_both(*calls, layout_of(mask) if settled is None else settled.layout, grad, x, weight, mask)
 
 
 def _run_both(
-    dgrad: Call, wgrad: Call, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor
+    dgrad: Call, wgrad: Call, layout: SparseLayout, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Both gradients natively, or None if the plan has other wishes, which are for the ops."""
-    layout, calls = layout_of(mask), (dgrad, wgrad)
-    sites = dgrad.site, wgrad.site
+    calls, sites = (dgrad, wgrad), (dgrad.site, wgrad.site)
     all_native, timed = plan.choose_together(sites, layout)
     if not all_native:
         return None
@@ -213,10 +226,9 @@ def _share_loads(lib: Any, layout: SparseLayout, dgrad: Call, wgrad: Call) -> bo
 
 
 def _run(
-    call: Call, mask: Tensor, native: Callable[[SparseLayout], Tensor | None], densely: Callable[[bool], Tensor]
+    call: Call, layout: SparseLayout, native: Callable[[SparseLayout], Tensor | None], densely: Callable[[bool], Tensor]
 ) -> Tensor:
     """What the plan chooses for a call, timed where the plan wants to know. `native` gives None for what it cannot."""
-    layout = layout_of(mask)
     implementation, timed = plan.choose(call.site, layout)
     warm = timed and plan.is_warm(call.site, call.direction, layout)
     began = perf_counter()
