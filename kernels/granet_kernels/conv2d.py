@@ -109,10 +109,11 @@ def _conv2d_again(
     found = settled.find(x, weight, mask, bias, dense_wgrad, geometry)
     if found is None:
         return None
-    if found.by_op:
-        y: Tensor | None = conv2d_op.again(found, x, weight, mask, bias, *geometry, dense_wgrad)
+    known, layout = found
+    if known.by_op:
+        y: Tensor | None = conv2d_op.again((known.call, layout), x, weight, mask, bias, *known.geometry, dense_wgrad)
         return y
-    return plain.conv2d_again(found, x, weight, mask, bias, geometry, dense_wgrad)
+    return plain.conv2d_again(known, x, weight, mask, bias, dense_wgrad)
 
 
 def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:
@@ -206,8 +207,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
     x_grad = w_grad = bias_grad = None
     if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
-        operands = grad, x, weight, mask, *ctx.geometry, ctx.dense_wgrad
-        x_grad, w_grad = conv2d_op.gradients(*operands, settled=getattr(ctx, "settled", None)) or (None, None)
+        x_grad, w_grad = conv2d_op.gradients(grad, x, weight, mask, *ctx.geometry, ctx.dense_wgrad) or (None, None)
     if ctx.needs_input_grad[0] and x_grad is None:
         x_grad = conv2d_dgrad_op(grad, weight, mask, ctx.x_shape, *ctx.geometry, ctx.dense_wgrad)
     if ctx.needs_input_grad[1] and w_grad is None:

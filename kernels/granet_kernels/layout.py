@@ -38,6 +38,7 @@ class SparseLayout:
         built: what backends made of this mask, by their own names, e.g. the kept blocks; gone when the mask changes.
         last: the plan's notes by direction, what ran last with this mask; they outlive a change of the mask.
         seen: the plan's notes, where this layout has run natively and so is warm.
+        settled: what is remembered of the last call with this mask, see settled.py; None if nothing is.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class SparseLayout:
         "nnz",
         "numel",
         "seen",
+        "settled",
     )
 
     def __init__(self, mask: Tensor, last: dict[str, Any]) -> None:
@@ -70,6 +72,7 @@ class SparseLayout:
         self.built: dict[str, Any] = {}
         self.last = last
         self.seen: set[Any] = set()
+        self.settled: Any = None
 
     @property
     def native(self) -> int:

@@ -85,11 +85,12 @@ def _linear_again(
     found = settled.find(x, weight, mask, bias, dense_wgrad)
     if found is None:
         return None
+    known, layout = found
     rows = plain.as_rows(x)
-    if found.by_op:
-        y: Tensor | None = linear_op.again(found, rows, weight, mask, bias, dense_wgrad)
+    if known.by_op:
+        y: Tensor | None = linear_op.again((known.call, layout), rows, weight, mask, bias, dense_wgrad)
     else:
-        y = plain.linear_again(found, rows, weight, mask, bias, dense_wgrad)
+        y = plain.linear_again(known, rows, weight, mask, bias, dense_wgrad)
     return y if y is None or x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -124,8 +125,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
     x_grad = w_grad = bias_grad = None
     if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
-        both = linear_op.gradients(grad, x, weight, mask, ctx.dense_wgrad, settled=getattr(ctx, "settled", None))
-        x_grad, w_grad = both or (None, None)
+        x_grad, w_grad = linear_op.gradients(grad, x, weight, mask, ctx.dense_wgrad) or (None, None)
     if ctx.needs_input_grad[0] and x_grad is None:
         x_grad = linear_dgrad_op(grad, weight, mask, ctx.dense_wgrad)
     if ctx.needs_input_grad[1] and w_grad is None:

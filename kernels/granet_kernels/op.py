@@ -39,7 +39,7 @@ class Op:
         self._name = name.replace("::", "_")
         self._kernels: dict[str, Callable[..., Any]] = {"cpu": reference, "cuda": reference}
         self._function: Callable[..., Any] | None = None
-        self._settling: Callable[..., Any] | None = None
+        self._finding: Callable[..., Any] | None = None
         self._function_again: Callable[..., Any] | None = None
         self._gradients: dict[str, tuple[Callable[..., Any], list[tuple[Op, Callable[..., Any]]]]] = {}
 
@@ -55,30 +55,33 @@ class Op:
             return self.kernel(operands[0].device.type)(*operands)
         return self._function(*operands)
 
-    def again(self, settled: Any, *operands: Any) -> Any:
-        """A call like one before, on a CPU, of which `settled` remembers what was found; None where it is for `run`."""
-        kernel = self._settling
+    def again(self, found: Any, *operands: Any) -> Any:
+        """A call like one before, on a CPU, of which `found` is what the kernel worked out; None where it is for `run`.
+
+        The caller knows that `is_eager` is true of the operands.
+        """
+        kernel = self._finding
         if kernel is None or kernel is not self._kernels["cpu"] or _profiler_enabled():
             return None
         if self._function_again is None or not torch.is_grad_enabled():
-            return kernel(*operands, settled)
-        return self._function_again(*operands, settled)
+            return kernel(*operands, found)
+        return self._function_again(*operands, found)
 
     def kernel(self, device: str) -> Callable[..., Any]:
         """What computes it on devices of a type; the op itself on those that nothing is known of."""
         return self._kernels.get(device, self._op)
 
-    def register_kernel(self, device: str, settling: bool = False) -> Callable[[Kernel], Kernel]:
+    def register_kernel(self, device: str, finding: bool = False) -> Callable[[Kernel], Kernel]:
         """Decorates what computes it on devices of a type: "cpu" or "cuda".
 
-        settling: whether it takes, after the operands, what is remembered of a call like this one, for `again`.
+        finding: whether it takes, after the operands, what was found for a call like this one, for `again`.
         """
 
         def register(kernel: Kernel) -> Kernel:
             self._op.register_kernel(device)(_dispatched(kernel))
             self._kernels[device] = kernel
-            if settling:
-                self._settling = kernel
+            if finding:
+                self._finding = kernel
             return kernel
 
         return register
@@ -93,22 +96,17 @@ class Op:
 
         return register
 
-    def gradients(self, *operands: Any, settled: Any = None) -> Any:
+    def gradients(self, *operands: Any) -> Any:
         """Several of its gradients in one call, or None where each is for an op of its own.
 
         Ops have to be called where gradients are differentiated again, or something looks at ops.
-
-        Args:
-            *operands: the incoming gradient first, then what the forward pass has saved.
-            settled: what the forward pass got, if it was that of `again`.
         """
-        # Then all but the incoming gradient has been looked at.
-        device, unknown = ("cpu", operands[:1]) if settled is not None else (operands[0].device.type, operands)
-        if device not in self._gradients or torch.is_grad_enabled() or not is_eager(*unknown):
+        device = operands[0].device.type
+        if device not in self._gradients or torch.is_grad_enabled() or not is_eager(*operands):
             return None
         function, kernels = self._gradients[device]
         replaced = any(op.kernel(device) is not kernel for op, kernel in kernels)
-        return None if replaced or _profiler_enabled() else function(*operands, settled)
+        return None if replaced or _profiler_enabled() else function(*operands)
 
     @contextmanager
     def computed_by(self, device: str, kernel: Callable[..., Any]) -> Iterator[None]:
@@ -168,13 +166,12 @@ def _function(
 def _function_again(
     op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
-    """The autograd Function of an op for `Op.again`, with what is remembered after the operands."""
+    """The autograd Function of an op for `Op.again`, with what was found after the operands."""
 
-    def forward(ctx: Any, *operands_and_settled: Any) -> Any:
-        *operands, ctx.settled = operands_and_settled
-        assert op._settling is not None
-        results = op._settling(*operands_and_settled)
-        setup_context(ctx, operands, results)
+    def forward(ctx: Any, *operands_and_found: Any) -> Any:
+        assert op._finding is not None
+        results = op._finding(*operands_and_found)
+        setup_context(ctx, operands_and_found[:-1], results)
         return results
 
     return _apply(f"{name}_again", forward, lambda ctx, *grads: (*backward(ctx, *grads), None))

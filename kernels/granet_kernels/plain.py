@@ -1,8 +1,8 @@
-"""Layers that run densely in every direction, as torch's own layers with a masked weight.
+"""Layers that run densely in every direction, as torch's own layers with a masked weight; all others are for the ops.
 
 An op has a kernel of its own for each direction, and looks at the weight in each. Where nothing is to be gained by
-sparse code, torch's autograd is the faster way to the same numbers. All of this is for operands of which `is_eager` is
-true.
+sparse code, torch's autograd is the faster way to the same numbers. Which way a call went is remembered for the next.
+All of this is for operands of which `is_eager` is true.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def conv2d_again(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    geometry: tuple[Any, Any, Any, Any],
     dense_wgrad: Tensor | None,
 ) -> Tensor:
     """granet_kernels.conv2d of operands that `found` covers."""
     effective = _weight_again(found, weight, mask, dense_wgrad)
-    return formats.conv2d(found.call, x, effective, bias, geometry).contiguous(memory_format=image_format(x, weight))
+    y = formats.conv2d(found.call, x, effective, bias, found.geometry)
+    return y.contiguous(memory_format=image_format(x, weight))
 
 
 class _Masked(torch.autograd.Function):
@@ -158,21 +158,25 @@ def _weight(
         return None
     if not is_cpu:
         return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
-    settled.forget(mask)
-    if packs_saved_tensors():  # what is saved here and by the op differs, and a measured plan takes turns
+    always_by_op = plan.mode() == plan.NATIVE
+    remembers = weight.is_leaf and not mask.is_inference()
+    call = find_call(op, "forward", x, weight, mask, bias, *geometry)
+    if always_by_op and (call is None or not remembers):
         return None
     layout = layout_of(mask)
+    settled.keep(layout, None)
+    if packs_saved_tensors():  # what is saved here and by the op differs, and a measured plan takes turns
+        return None
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
-    call = find_call(op, "forward", x, weight, mask, bias, *geometry)
-    sites = _sites(call, x, weight)
+    always_by_op = always_by_op or (op == "conv2d" and not full and layout.numel > _MOST_OF_CONV2D)
     certain = full and mask.numel() > _MOST_FAN_IN * mask.shape[0]
+    sites = _sites(call, x, weight)
 
     def remember(asked: Sequence[plan.Site], by_op: bool) -> None:
-        if weight.is_leaf and not mask.is_inference():
+        if remembers:
             operands = x if given is None else given, weight, mask, bias, dense_wgrad, geometry
-            settled.keep(mask, settled.Settled(*operands, layout, asked, call, full, by_op))
+            settled.keep(layout, settled.Settled(*operands, asked, call, full, by_op))
 
-    always_by_op = plan.mode() == plan.NATIVE or (op == "conv2d" and not full and layout.numel > _MOST_OF_CONV2D)
     if always_by_op or (call is not None and not certain and not plan.agrees_on_dense(tuple(sites.values()), layout)):
         if call is not None:
             remember(() if always_by_op else tuple(sites.values()), by_op=True)

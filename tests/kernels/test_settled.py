@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import warnings
+import weakref
 from importlib import import_module
 
 import pytest
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from granet_kernels import conv2d, linear, plain, plan, settled
-from granet_kernels.cpu_backend import library
+from granet_kernels import conv2d, linear, plain, plan
+from granet_kernels.cpu_backend import calls, library
 from granet_kernels.cpu_backend.calls import find_call
-from granet_kernels.layout import layout_of
+from granet_kernels.layout import known_layout, layout_of
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native library to tell that a weight is zero")
 
@@ -33,10 +34,10 @@ def way(request):
 @pytest.fixture
 def looks(monkeypatch):
     """One entry for each call whose operands were looked at."""
-    calls = []
+    seen = []
     weight = plain._weight
-    monkeypatch.setattr(plain, "_weight", lambda *args, **given: calls.append(args) or weight(*args, **given))
-    return calls
+    monkeypatch.setattr(plain, "_weight", lambda *args, **given: seen.append(args) or weight(*args, **given))
+    return seen
 
 
 def operands(mask, x_shape=(9, 33)):
@@ -106,6 +107,11 @@ def another_weight(x, weight, bias, mask):
     return x, nn.Parameter(weight.detach() * 2), bias
 
 
+def negative_weight(x, weight, bias, mask):
+    weight.data = torch._neg_view(weight.data.clone())
+    return x, weight, bias
+
+
 def frozen_weight(x, weight, bias, mask):
     return x, weight.requires_grad_(False), bias
 
@@ -134,9 +140,22 @@ def emptied_mask(x, weight, bias, mask):
     return x, weight, bias
 
 
+def assigned_mask(x, weight, bias, mask):
+    for _ in range(3):  # one may come to lie where the first did
+        mask.data = ~mask
+    return x, weight, bias
+
+
+def mask_of_other_strides(x, weight, bias, mask):
+    square = torch.zeros(33, 33, dtype=torch.bool)
+    square[:17] = mask
+    mask.data = square.t()[:17]  # other values, and at another place
+    return x, weight, bias
+
+
 CHANGES = (
-    *(another_x, strided_x, constant_x, another_weight, frozen_weight, weight_off_the_mask),
-    *(weight_of_other_strides, no_bias, another_mask, emptied_mask),
+    *(another_x, strided_x, constant_x, another_weight, negative_weight, frozen_weight, weight_off_the_mask),
+    *(weight_of_other_strides, no_bias, another_mask, emptied_mask, assigned_mask, mask_of_other_strides),
 )
 
 
@@ -148,8 +167,9 @@ def test_what_differs_is_looked_at(density, change, random_mask, looks, way):
     linear(x, weight, mask, bias)
     x, weight, bias = change(x, weight, bias, mask)
     check(results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias), expected(x, weight, bias, mask))
-    is_masked_anyway = change is weight_off_the_mask and (density == 1.0 or way == "native")
-    assert len(looks) == (1 if is_masked_anyway else 2)
+    is_as_good = change is another_weight or (change is weight_off_the_mask and (density == 1.0 or way == "native"))
+    is_for_the_dispatcher = change is negative_weight
+    assert len(looks) == (1 if is_as_good or is_for_the_dispatcher else 2)
 
 
 def test_what_does_not_fit_is_refused(random_mask):
@@ -162,6 +182,12 @@ def test_what_does_not_fit_is_refused(random_mask):
         linear(x[:, :5], weight, mask, bias)
     with pytest.raises(ValueError, match="expected dense_wgrad"):
         linear(x, weight, mask, bias, True)
+    kept = mask.data
+    for data, message in ((kept[:5], "expected mask of the weight's shape"), (kept.view(torch.uint8), "torch.bool")):
+        mask.data = data
+        with pytest.raises(ValueError, match=message):
+            linear(x, weight, mask, bias)
+    mask.data = kept
     bias.data = bias.data[:1]  # torch would spread it over all features
     with pytest.raises(ValueError, match="expected bias of shape"):
         linear(x, weight, mask, bias)
@@ -197,20 +223,20 @@ def test_transforms_see_the_op(random_mask, monkeypatch):
     mask = random_mask((17, 33), 0.6)
     x, weight, bias = operands(mask)
     y = linear(x, weight, mask, bias)
-    calls, run = [], LINEAR.linear_op.run
+    seen, run = [], LINEAR.linear_op.run
     with monkeypatch.context() as patch:
-        patch.setattr(LINEAR.linear_op, "run", lambda *operands: calls.append(operands) or run(*operands))
+        patch.setattr(LINEAR.linear_op, "run", lambda *operands: seen.append(operands) or run(*operands))
         batch = torch.stack([x, 2 * x])
         torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, weight, mask, bias))(batch)[0], y)
-    assert len(calls) == 1
+    assert len(seen) == 1
     compiled = torch.compile(lambda x: linear(x, weight, mask, bias), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), y)
 
 
-def test_whoever_watches_sees_the_op(random_mask):
+def test_whoever_watches_sees_the_op(random_mask, way):
     mask = random_mask((17, 33), 0.6)
     x, weight, bias = operands(mask)
-    with plan.use("native"):
+    if way == "native":
         y = linear(x, weight, mask, bias)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             linear(x, weight, mask, bias)
@@ -240,6 +266,55 @@ def test_the_flag_is_read_in_the_backward_pass(times, random_mask):
     flag.fill_(True)
     y.sum().backward()
     torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(17, 33))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_mask_assigned_before_the_backward_pass(times, random_mask, way):
+    """Autograd does not count it, and hands the backward pass what there is then."""
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    for _ in range(times):
+        y = linear(x, weight, mask, bias)
+    mask.data = ~mask
+    y.sum().backward()
+    assert weight.grad[~mask].count_nonzero() == 0
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(17, 33).where(mask, 0))
+
+
+def test_hooks_on_saved_tensors(random_mask):
+    """What they hand back may lie in memory as no tensor that was looked at did."""
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    wanted = expected(x, weight, bias, mask)
+    linear(x, weight, mask, bias)
+    with plan.use("native"):
+        y = linear(x, weight, mask, bias)
+        for saved in y.grad_fn._raw_saved_tensors:
+            saved.register_hooks(lambda t: t, lambda t: torch._neg_view(-t) if t.is_floating_point() else t)
+        grad = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        check((y, *torch.autograd.grad(y, (x, weight, bias), grad)), wanted)
+
+
+def test_packed_tensors_are_for_the_op(random_mask, looks):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        linear(x, weight, mask, bias)
+    assert len(looks) == 2
+
+
+def test_what_the_library_turns_out_not_to_take(random_mask, looks):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    linear(x, weight, mask, bias)
+    find_call("linear", "forward", x, weight, mask, bias).supported = False
+    try:
+        check(results(lambda *t: linear(t[0], t[1], mask, t[2]), x, weight, bias), expected(x, weight, bias, mask))
+        assert len(looks) == 2
+    finally:
+        calls._calls.clear()
+        calls._gradients.clear()
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -284,7 +359,7 @@ def test_a_convolution_and_its_geometry(random_mask, looks):
         assert len(looks) == [1, 1, 2, 2, 3][index]
 
 
-def test_a_call_through_the_op_ends_it(random_mask, looks):
+def test_a_call_by_the_op_takes_its_place(random_mask, looks):
     mask = random_mask((64, 64), 0.6)
     x, weight, _ = operands(mask, (64, 64))
     sites = [(call := find_call("linear", "forward", x, weight, mask)).site, *call.partners.values()]
@@ -295,21 +370,34 @@ def test_a_call_through_the_op_ends_it(random_mask, looks):
         for _ in range(64):
             linear(x, weight, mask)
         assert len(looks) == 2  # the first, and the 64th, which takes the op
-        assert settled._by_mask[id(mask)].by_op
+        assert known_layout(mask).settled.by_op
         linear(x, weight, mask)
-        assert not settled._by_mask[id(mask)].by_op
+        assert not known_layout(mask).settled.by_op
         plan.clear()
 
 
 def test_what_is_remembered_goes_with_the_mask(random_mask):
     mask = random_mask((17, 33), 0.6)
     x, weight, bias = operands(mask)
-    linear(x, weight, mask, bias)
-    key, known = id(mask), len(settled._by_mask)
-    assert key in settled._by_mask
-    del mask
-    gc.collect()
-    assert len(settled._by_mask) < known
+    linear(x, weight, mask, bias).sum().backward()
+    gone = [weakref.ref(each) for each in (known_layout(mask), weight, bias)]
+    gc.disable()
+    try:
+        del mask, weight, bias
+        assert [ref() for ref in gone] == [None] * 3  # without the help of the collector
+    finally:
+        gc.enable()
+
+
+def test_operands_can_be_swapped(random_mask):
+    mask = random_mask((17, 33), 0.6)
+    x, weight, bias = operands(mask)
+    doubled = nn.Parameter(2 * weight.detach())
+    with torch.no_grad():
+        linear(x, weight, mask, bias)
+        wanted = linear(x, doubled, mask, bias)
+    torch.utils.swap_tensors(weight, doubled)
+    torch.testing.assert_close(linear(x, weight, mask, bias), wanted)
 
 
 def test_operands_stay_as_they_were(random_mask):

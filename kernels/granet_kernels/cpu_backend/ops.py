@@ -19,27 +19,30 @@ from granet_kernels.cpu_backend import dense, library, memory
 from granet_kernels.cpu_backend.calls import Call, Pair, find_call, find_gradients
 from granet_kernels.layout import SparseLayout, layout_of
 from granet_kernels.linear import linear_dgrad_op, linear_op, linear_wgrad_op
-from granet_kernels.settled import Settled
 
 _UNSUPPORTED = 2  # the status of the library
+Found = tuple[Call, SparseLayout]
 _ONE_WALK = 2  # what granet_conv2d_reads_once says where both gradients share the loads of their products
 
 
-@linear_op.register_kernel("cpu", settling=True)
+@linear_op.register_kernel("cpu", finding=True)
 def _linear(
     x: Tensor,
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
     dense_wgrad: Tensor | None,
-    settled: Settled | None = None,
+    found: Found | None = None,
 ) -> Tensor:
-    call = find_call("linear", "forward", x, weight, mask, bias) if settled is None else settled.call
-    if call is None:
-        return dense.linear(x, weight, mask, bias)
+    if found is None:
+        call = find_call("linear", "forward", x, weight, mask, bias)
+        if call is None:
+            return dense.linear(x, weight, mask, bias)
+        found = call, layout_of(mask)
+    call, layout = found
     return _run(
         call,
-        layout_of(mask) if settled is None else settled.layout,
+        layout,
         lambda layout: _forward(call, layout, x, weight, mask, bias),
         lambda full: dense.linear(x, weight, mask, bias, full),
     )
@@ -73,7 +76,7 @@ def _linear_wgrad(grad: Tensor, x: Tensor, mask: Tensor, dense_wgrad: Tensor | N
     )
 
 
-@conv2d_op.register_kernel("cpu", settling=True)
+@conv2d_op.register_kernel("cpu", finding=True)
 def _conv2d(
     x: Tensor,
     weight: Tensor,
@@ -84,15 +87,18 @@ def _conv2d(
     dilation: Pair,
     groups: int,
     dense_wgrad: Tensor | None,
-    settled: Settled | None = None,
+    found: Found | None = None,
 ) -> Tensor:
     geometry = stride, padding, dilation, groups
-    call = find_call("conv2d", "forward", x, weight, mask, bias, *geometry) if settled is None else settled.call
-    if call is None:
-        return dense.conv2d(x, weight, mask, bias, *geometry)
+    if found is None:
+        call = find_call("conv2d", "forward", x, weight, mask, bias, *geometry)
+        if call is None:
+            return dense.conv2d(x, weight, mask, bias, *geometry)
+        found = call, layout_of(mask)
+    call, layout = found
     return _run(
         call,
-        layout_of(mask) if settled is None else settled.layout,
+        layout,
         lambda layout: _forward(call, layout, x, weight, mask, bias),
         lambda full: dense.conv2d(x, weight, mask, bias, *geometry, full, call),
     )
@@ -149,14 +155,12 @@ def _conv2d_wgrad(
 
 @linear_op.register_gradients("cpu", linear_dgrad_op, linear_wgrad_op)
 def _linear_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None, settled: Settled | None
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, dense_wgrad: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     if dense_wgrad is not None and dense_wgrad:
         return None
     calls = find_gradients("linear", grad, x, weight, mask)
-    if calls is None:
-        return None
-    return _run_both(*calls, layout_of(mask) if settled is None else settled.layout, grad, x, weight, mask)
+    return None if calls is None else _run_both(*calls, grad, x, weight, mask)
 
 
 @conv2d_op.register_gradients("cpu", conv2d_dgrad_op, conv2d_wgrad_op)
@@ -170,21 +174,19 @@ def _conv2d_gradients(
     dilation: Pair,
     groups: int,
     dense_wgrad: Tensor | None,
-    settled: Settled | None,
 ) -> tuple[Tensor, Tensor] | None:
     if dense_wgrad is not None and dense_wgrad:
         return None
     calls = find_gradients("conv2d", grad, x, weight, mask, stride, padding, dilation, groups)
-    if calls is None:
-        return None
-    return _run_both(*calls, layout_of(mask) if settled is None else settled.layout, grad, x, weight, mask)
+    return None if calls is None else _run_both(*calls, grad, x, weight, mask)
 
 
 def _run_both(
-    dgrad: Call, wgrad: Call, layout: SparseLayout, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor
+    dgrad: Call, wgrad: Call, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Both gradients natively, or None if the plan has other wishes, which are for the ops."""
-    calls, sites = (dgrad, wgrad), (dgrad.site, wgrad.site)
+    layout, calls = layout_of(mask), (dgrad, wgrad)
+    sites = dgrad.site, wgrad.site
     all_native, timed = plan.choose_together(sites, layout)
     if not all_native:
         return None
