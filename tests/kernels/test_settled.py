@@ -359,6 +359,14 @@ def test_a_convolution_and_its_geometry(random_mask, looks):
         assert len(looks) == [1, 1, 2, 2, 3][index]
 
 
+def test_a_geometry_in_floats_is_refused(random_mask):
+    mask = random_mask((6, 5, 3, 3), 0.6)
+    weight, x = nn.Parameter(torch.randn(mask.shape)), torch.randn(2, 5, 8, 8)
+    conv2d(x, weight, mask, None, (1, 1), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match="expected stride to be one int"):
+        conv2d(x, weight, mask, None, (1.0, 1.0), (1, 1), (1, 1))
+
+
 def test_a_call_by_the_op_takes_its_place(random_mask, looks):
     mask = random_mask((64, 64), 0.6)
     x, weight, _ = operands(mask, (64, 64))
