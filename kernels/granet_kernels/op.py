@@ -40,7 +40,6 @@ class Op:
         self._kernels: dict[str, Callable[..., Any]] = {"cpu": reference, "cuda": reference}
         self._function: Callable[..., Any] | None = None
         self._finding: Callable[..., Any] | None = None
-        self._function_again: Callable[..., Any] | None = None
         self._gradients: dict[str, tuple[Callable[..., Any], list[tuple[Op, Callable[..., Any]]]]] = {}
 
     def __call__(self, *operands: Any) -> Any:
@@ -53,7 +52,7 @@ class Op:
             return self._op(*operands)
         if self._function is None or not torch.is_grad_enabled():
             return self.kernel(operands[0].device.type)(*operands)
-        return self._function(*operands)
+        return self._function(*operands, None)
 
     def again(self, found: Any, *operands: Any) -> Any:
         """A call like one before, on a CPU, of which `found` is what the kernel worked out; None where it is for `run`.
@@ -63,9 +62,9 @@ class Op:
         kernel = self._finding
         if kernel is None or kernel is not self._kernels["cpu"] or _profiler_enabled():
             return None
-        if self._function_again is None or not torch.is_grad_enabled():
+        if self._function is None or not torch.is_grad_enabled():
             return kernel(*operands, found)
-        return self._function_again(*operands, found)
+        return self._function(*operands, found)
 
     def kernel(self, device: str) -> Callable[..., Any]:
         """What computes it on devices of a type; the op itself on those that nothing is known of."""
@@ -127,7 +126,6 @@ class Op:
         """Its derivative, as ``torch.library.register_autograd`` takes it."""
         self._op.register_autograd(backward, setup_context=setup_context)
         self._function = _function(self, self._name, backward, setup_context)
-        self._function_again = _function_again(self, self._name, backward, setup_context)
 
 
 def _refuse_jvp(name: str) -> None:
@@ -153,32 +151,21 @@ def _dispatched(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def _function(
     op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
-    """The autograd Function of an op."""
+    """The autograd Function of an op: of its operands, and what was found for `Op.again`, or None."""
 
-    def forward(ctx: Any, *operands: Any) -> Any:
-        results = op.kernel(operands[0].device.type)(*operands)
+    def forward(ctx: Any, *operands_and_found: Any) -> Any:
+        *operands, found = operands_and_found
+        kernel = op.kernel(operands[0].device.type)
+        results = kernel(*operands) if found is None else kernel(*operands, found)
         setup_context(ctx, operands, results)
         return results
 
-    return _apply(name, forward, backward)
+    def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        results = backward(ctx, *grads)
+        return (*results, None) if isinstance(results, tuple) else (results, None)
 
-
-def _function_again(
-    op: Op, name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> Callable[..., Any]:
-    """The autograd Function of an op for `Op.again`, with what was found after the operands."""
-
-    def forward(ctx: Any, *operands_and_found: Any) -> Any:
-        assert op._finding is not None
-        results = op._finding(*operands_and_found)
-        setup_context(ctx, operands_and_found[:-1], results)
-        return results
-
-    return _apply(f"{name}_again", forward, lambda ctx, *grads: (*backward(ctx, *grads), None))
-
-
-def _apply(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    function = type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: type[Function] = type(name, (Function,), methods)
     # Function.apply would look for transforms and default arguments first, of which `is_eager` knows there are none.
-    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
+    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]  # torch's stubs lack its base
     return apply

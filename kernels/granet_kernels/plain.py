@@ -158,36 +158,30 @@ def _weight(
         return None
     if not is_cpu:
         return _weight_on_gpu(op, x, weight, mask, dense_wgrad)
-    always_by_op = plan.mode() == plan.NATIVE
+    native = plan.mode() == plan.NATIVE
     remembers = weight.is_leaf and not mask.is_inference()
     call = find_call(op, "forward", x, weight, mask, bias, *geometry)
-    if always_by_op and (call is None or not remembers):
+    if native and (call is None or not remembers):
         return None
     layout = layout_of(mask)
-    settled.keep(layout, None)
+    layout.settled = None
     if packs_saved_tensors():  # what is saved here and by the op differs, and a measured plan takes turns
         return None
     full = layout.nnz == layout.numel and weight.stride() == mask.stride()
-    always_by_op = always_by_op or (op == "conv2d" and not full and layout.numel > _MOST_OF_CONV2D)
-    certain = full and mask.numel() > _MOST_FAN_IN * mask.shape[0]
+    surely_by_op = native or (op == "conv2d" and not full and layout.numel > _MOST_OF_CONV2D)
+    surely_past_it = full and mask.numel() > _MOST_FAN_IN * mask.shape[0]
     sites = _sites(call, x, weight)
-
-    def remember(asked: Sequence[plan.Site], by_op: bool) -> None:
-        if remembers:
-            operands = x if given is None else given, weight, mask, bias, dense_wgrad, geometry
-            settled.keep(layout, settled.Settled(*operands, asked, call, full, by_op))
-
-    if always_by_op or (call is not None and not certain and not plan.agrees_on_dense(tuple(sites.values()), layout)):
-        if call is not None:
-            remember(() if always_by_op else tuple(sites.values()), by_op=True)
-        return None
-    unchanged = full or dense.is_zero_off(weight, mask)  # reads all of it: not before it is known to be of use
-    if not unchanged and layout.numel > _MOST_MASKED:
+    asked = () if surely_by_op or surely_past_it else tuple(sites.values())
+    by_op = surely_by_op or (len(asked) > 0 and not plan.agrees_on_dense(asked, layout))
+    # It reads all of the weight: not before it is known to be of use.
+    unchanged = not by_op and (full or dense.is_zero_off(weight, mask))
+    if remembers and (unchanged or (by_op and call is not None)):
+        operands = x if given is None else given, weight, mask, bias, dense_wgrad, geometry
+        layout.settled = settled.Settled(*operands, asked, call, full, by_op)
+    if by_op or (not unchanged and layout.numel > _MOST_MASKED):
         return None
     for direction, site in sites.items():
         plan.note(site, direction, layout, plan.DENSE)
-    if unchanged:
-        remember(() if certain else tuple(sites.values()), by_op=False)
     if full:
         return weight, call
     if unchanged:

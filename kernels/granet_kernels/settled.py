@@ -104,11 +104,6 @@ def find(
     return (found, layout) if found.covers(x, weight, mask, bias, dense_wgrad, geometry, layout) else None
 
 
-def keep(layout: SparseLayout, settled: Settled | None) -> None:
-    """Remember a call in the place of the last one with a mask; None if one was of another kind."""
-    layout.settled = settled
-
-
 def _traits(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What was looked at, or follows from it."""
     return (
