@@ -23,6 +23,14 @@ GEOMETRIES = {
     "kernel-as-image": ((33, 4, 3, 3), (5, 4, 3, 3), (1, 1), (0, 0), (1, 1)),
     "one-pixel": ((1, 1, 1, 1), (1, 1, 3, 3), (1, 1), (1, 1), (1, 1)),
 }
+# Every combination of these; sides are those of the images.
+PRODUCT = {
+    "kernel": [(1, 1), (3, 3), (2, 3)],
+    "stride": [(1, 1), (2, 2), (1, 3)],
+    "padding": [(0, 0), (1, 1), (2, 1)],
+    "dilation": [(1, 1), (2, 2), (1, 2)],
+}
+SIDES = [(9, 8), (5, 17)]
 LINEAR = {
     f"{n}x{i}-{o}": (n, i, o)
     for n, i, o in [(1, 7, 1), (63, 1, 7), (7, 63, 100), (100, 300, 63), (300, 100, 300), (70, 1200, 15)]
@@ -71,8 +79,8 @@ LAYOUTS = {
 
 
 def conv_operands(random_mask, name, sparsity, layout="contiguous"):
-    """x, gradient of y, weight, mask, bias and the geometry's numbers."""
-    x_shape, w_shape, *rest = GEOMETRIES[name]
+    """x, gradient of y, weight, mask, bias and the numbers of a geometry by its name or as it is listed there."""
+    x_shape, w_shape, *rest = GEOMETRIES[name] if isinstance(name, str) else name
     lay_x, lay_grad, w_format = LAYOUTS[layout]
     x, weight = lay_x(torch.randn(x_shape)), torch.randn(w_shape).contiguous(memory_format=w_format)
     grad = lay_grad(torch.randn_like(F.conv2d(x, weight, None, *rest)))

@@ -5,13 +5,25 @@ New memory holds NaN here, so an output that is not written everywhere fails.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GEOMETRIES, ISAS, LAYOUTS, LINEAR, SPARSITIES, linear_operands, sliced, transposed
+from cases import (
+    GEOMETRIES,
+    ISAS,
+    LAYOUTS,
+    LINEAR,
+    PRODUCT,
+    SIDES,
+    SPARSITIES,
+    linear_operands,
+    sliced,
+    transposed,
+)
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from granet_kernels import plan
@@ -102,6 +114,22 @@ def test_conv2d_has_the_same_bits_with_any_number_of_threads(name, isa, layout, 
         for threads in (2, 4):
             torch.set_num_threads(threads)
             assert all(map(torch.equal, one, conv_results(*operands)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("numbers", list(itertools.product(*PRODUCT.values())), ids=str)
+def test_conv2d_of_every_kernel_stride_padding_and_dilation(numbers, layout, conv_operands, assert_as_accurate):
+    kernel, *rest = numbers
+    for side, sparsity in itertools.product(SIDES, SPARSITIES):
+        operands = conv_operands(((17, 5, *side), (6, 5, *kernel), *rest), sparsity, layout)
+        torch.set_num_threads(1)
+        actual = conv_results(*operands)
+        assert_conv_as_accurate(actual, operands, assert_as_accurate)
+        assert actual[2][~operands[3]].count_nonzero() == 0
+        assert_ran_natively(operands[3])
+        for threads in (2, 4):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, actual, conv_results(*operands)))
 
 
 def linear_results(x, grad, weight, mask, bias):
