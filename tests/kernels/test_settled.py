@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from granet_kernels import conv2d, linear, plain, plan
+from granet_kernels import conv2d, eager, linear, plain, plan
 from granet_kernels.cpu_backend import calls, library
 from granet_kernels.cpu_backend.calls import find_call
 from granet_kernels.layout import known_layout, layout_of
@@ -295,6 +295,7 @@ def test_hooks_on_saved_tensors(random_mask):
         check((y, *torch.autograd.grad(y, (x, weight, bias), grad)), wanted)
 
 
+@pytest.mark.skipif(eager._top_hooks is None, reason="before torch 2.8 checkpoints alone are seen")
 def test_packed_tensors_are_for_the_op(random_mask, looks):
     mask = random_mask((17, 33), 0.6)
     x, weight, bias = operands(mask)
