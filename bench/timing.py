@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,8 +75,9 @@ def alternate(
 ) -> dict[Key, Timing]:
     """Call the candidates in turn and time each call.
 
-    Every round calls each of them once, and each round begins with another one, so that none always follows the same
-    neighbour. A call shorter than `least_sample` is repeated within its turn, and the turn's mean counts.
+    Every round calls each of them once, in an order of its own: whoever follows one that works on the same data finds
+    it in the caches, and nobody is always that one. A call shorter than `least_sample` is repeated within its turn, and
+    the turn's mean counts.
 
     Args:
         rounds: how many at most.
@@ -89,14 +92,24 @@ def alternate(
     begin = time.perf_counter()
     repeats = {key: _warm_up(run, (warmup or {}).get(key, 0), least_sample) for key, run in candidates.items()}
     samples: dict[Key, list[float]] = {key: [] for key in candidates}
-    order = list(candidates)
-    for index in range(rounds):
+    for index, order in enumerate(itertools.islice(orders(list(candidates)), rounds)):
         if index >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        shift = index % max(len(order), 1)
-        for key in order[shift:] + order[:shift]:
+        for key in order:
             samples[key].append(_time(candidates[key], repeats[key]))
     return {key: Timing(tuple(values)) for key, values in samples.items()}
+
+
+def orders(keys: Sequence[Key]) -> Iterator[list[Key]]:
+    """Random orders without end, the same ones each time, none of which begins with the last one's end."""
+    generator = random.Random(0)
+    last: list[Key] = []
+    while True:
+        order = generator.sample(keys, len(keys))
+        if order[:1] == last:
+            order.reverse()
+        last = order[-1:]
+        yield order
 
 
 def _warm_up(run: Callable[[], object], calls: int, least_sample: float) -> int:

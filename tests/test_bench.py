@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, and report no time for a wrong result. No test looks at a time itself."""
 
 import csv
+import itertools
 import json
 
 import matplotlib.image
@@ -55,12 +56,21 @@ class TestTiming:
         with pytest.raises(ValueError, match="expected"):
             timing.quantile(values, share)
 
-    def test_candidates_take_turns_and_each_begins(self):
+    def test_candidates_take_turns(self):
         calls = []
         candidates = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-        times = timing.alternate(candidates, rounds=3, warmup={"b": 2}, least_sample=0)
-        assert "".join(calls) == "a" + "bbb" + "c" + "abc" + "bca" + "cab"
-        assert [len(each.seconds) for each in times.values()] == [3, 3, 3]
+        times = timing.alternate(candidates, rounds=30, warmup={"b": 2}, least_sample=0)
+        assert "".join(calls[:5]) == "a" + "bbb" + "c"
+        rounds = ["".join(calls[at : at + 3]) for at in range(5, len(calls), 3)]
+        assert len(rounds) == 30
+        assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+        assert [len(each.seconds) for each in times.values()] == [30, 30, 30]
+
+    @pytest.mark.parametrize("keys", [[], ["a"], ["a", "b"], list("abcde")])
+    def test_nobody_follows_itself_and_each_follows_every_other(self, keys):
+        calls = [key for order in itertools.islice(timing.orders(keys), 100) for key in order]
+        neighbours = set(itertools.pairwise(calls))
+        assert neighbours == {pair for pair in itertools.product(keys, keys) if len(keys) == 1 or pair[0] != pair[1]}
 
     def test_short_calls_are_repeated(self):
         calls = []
