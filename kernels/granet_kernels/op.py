@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch._C import _FunctionBase
 from torch.autograd import Function, _profiler_enabled
 
 from granet_kernels.eager import is_eager
@@ -165,7 +166,7 @@ def _function(
         return (*results, None) if isinstance(results, tuple) else (results, None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    function: type[Function] = type(name, (Function,), methods)
+    function = type(name, (Function,), methods)
     # Function.apply would look for transforms and default arguments first, of which `is_eager` knows there are none.
-    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]  # torch's stubs lack its base
+    apply: Callable[..., Any] = vars(_FunctionBase)["apply"].__get__(None, function)
     return apply
