@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
@@ -89,13 +90,11 @@ def alternate(
             run()
     flush = torch.empty(_FLUSHED, dtype=torch.int8, device=on)
     samples: dict[Key, list[float]] = {key: [] for key in candidates}
-    order = list(candidates)
     clock = torch.cuda.Event(enable_timing=True)
     clock.record()
-    for number in range(rounds):
-        shift = number % max(len(order), 1)
+    for number, order in enumerate(itertools.islice(timing.orders(list(candidates)), rounds)):
         pairs = {}
-        for key in order[shift:] + order[:shift]:
+        for key in order:
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
