@@ -78,9 +78,9 @@ LAYOUTS = {
 }
 
 
-def conv_operands(random_mask, name, sparsity, layout="contiguous"):
-    """x, gradient of y, weight, mask, bias and the numbers of a geometry by its name or as it is listed there."""
-    x_shape, w_shape, *rest = GEOMETRIES[name] if isinstance(name, str) else name
+def conv_operands(random_mask, geometry, sparsity, layout="contiguous"):
+    """x, gradient of y, weight, mask, bias and the numbers of a geometry, by its name or as GEOMETRIES has it."""
+    x_shape, w_shape, *rest = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
     lay_x, lay_grad, w_format = LAYOUTS[layout]
     x, weight = lay_x(torch.randn(x_shape)), torch.randn(w_shape).contiguous(memory_format=w_format)
     grad = lay_grad(torch.randn_like(F.conv2d(x, weight, None, *rest)))
